@@ -1,0 +1,226 @@
+"""The whole run as frozen dataclasses.
+
+A run is one :class:`RunConfig`. Presets (:mod:`megafp4.models.presets`) are functions that return
+one; the command line and configuration files only replace fields. Values are checked here, when
+the object is built, so that a bad run fails before any work is lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megafp4.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer."""
+
+    family: Literal["gpt", "llama"] = "gpt"
+    """``gpt``: LayerNorm, learned positions, GELU. ``llama``: RMSNorm, RoPE, SwiGLU."""
+    layers: int = 4
+    """Number of transformer blocks."""
+    hidden: int = 256
+    """Width of the residual stream."""
+    heads: int = 4
+    """Query heads; ``hidden`` must be a multiple."""
+    kv_heads: int | None = None
+    """Key/value heads for grouped-query attention; None means ``heads``."""
+    ffn_hidden: int | None = None
+    """Width of the MLP; None means 4 x hidden (gpt) or the Llama rule (llama)."""
+    vocab_size: int = 50304
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    seq_len: int = 1024
+    """Longest sequence, in tokens."""
+    activation: Literal["gelu", "gelu-tanh", "swiglu", "relu2-glu"] | None = None
+    """MLP activation; None means ``gelu-tanh`` (gpt) or ``swiglu`` (llama)."""
+    norm_eps: float = 1e-5
+    """Epsilon of LayerNorm and RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding (llama)."""
+    tie_embeddings: bool | None = None
+    """Share input and output embedding; None means True for gpt, False for llama."""
+    bias: bool | None = None
+    """Biases in the linears; None means True for gpt, False for llama."""
+    subln: bool = False
+    """BitNet's SubLN: an extra RMSNorm in front of the attention and MLP output projections."""
+    dropout: float = 0.0
+    """Dropout probability of embeddings, attention and residuals."""
+    init_std: float = 0.02
+    """Standard deviation of normal initialisation; residual outputs get std / sqrt(2 layers)."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "vocab_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: give a positive integer")
+        if self.hidden % self.heads:
+            raise ConfigError(
+                f"model.hidden {self.hidden} is not divisible by model.heads {self.heads}: "
+                "choose a width that is a multiple of the number of heads"
+            )
+        if self.heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.heads {self.heads} is not divisible by model.kv_heads {self.kv_heads}: "
+                "each key/value head must serve the same number of query heads"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout is {self.dropout}: give a probability in [0, 1)")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads with the default applied."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def num_ffn_hidden(self) -> int:
+        """MLP width with the default applied (Llama: 8/3 hidden, rounded up to 256)."""
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
+        if self.family == "gpt":
+            return 4 * self.hidden
+        return -(-8 * self.hidden // 3 // 256) * 256
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the head shares the embedding, with the default applied."""
+        return self.family == "gpt" if self.tie_embeddings is None else self.tie_embeddings
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the linears have biases, with the default applied."""
+        return self.family == "gpt" if self.bias is None else self.bias
+
+    @property
+    def mlp_activation(self) -> str:
+        """Activation with the default applied."""
+        if self.activation is not None:
+            return self.activation
+        return "gelu-tanh" if self.family == "gpt" else "swiglu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read."""
+
+    train: tuple[str, ...] = ()
+    """Prefixes of .bin/.idx files to train on, weights may precede them: ``0.7 a 0.3 b``."""
+    valid: tuple[str, ...] = ()
+    """Prefixes to validate on; empty means a split of the training files."""
+    split: str = "949,50,1"
+    """Train, validation and test shares of each file when ``valid`` is empty."""
+    tokenizer: str = "bytes"
+    """``bytes``, ``gpt2``, or a path to a tokenizer.json or SentencePiece model."""
+    cache: str | None = None
+    """Folder for the sample and shuffle indices; None means beside the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights move."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float = 3e-5
+    """Learning rate at the end of the decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's exponential decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Step at which ``min_lr`` is reached; None means the last step."""
+    wsd_decay_fraction: float = 0.2
+    """Share of the steps spent decaying under ``wsd``."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or self.min_lr < 0 or self.min_lr > self.lr:
+            raise ConfigError(
+                f"optim.lr {self.lr} and optim.min_lr {self.min_lr}: "
+                "give 0 <= min_lr <= lr with lr positive"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas is {self.betas}: each must lie in [0, 1)")
+        if self.clip_grad < 0 or self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ConfigError("optim.clip_grad, weight_decay and warmup_steps must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """In what order, how long, and what is kept."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    global_batch: int = 32
+    """Sequences per optimizer step."""
+    micro_batch: int = 8
+    """Sequences per forward and backward pass; must divide ``global_batch``."""
+    seed: int = 1234
+    """Seed of initialisation, data order, dropout, stochastic rounding and Hadamard signs."""
+    eval_interval: int = 100
+    """Steps between evaluations; 0 evaluates only at the end."""
+    eval_batches: int = 10
+    """Micro-batches per evaluation."""
+    log_interval: int = 10
+    """Steps between metric lines."""
+    stats_interval: int = 0
+    """Steps between quantization-statistics lines; 0 switches them off."""
+    checkpoint_interval: int = 0
+    """Steps between checkpoints; 0 keeps only the last step's."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    spike_factor: float = 3.0
+    """A loss above this multiple of its running mean is a spike; 0 switches the check off."""
+    max_spikes: int = 5
+    """Consecutive spikes that end the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}: give a positive integer")
+        if self.global_batch % self.micro_batch:
+            raise ConfigError(
+                f"train.global_batch {self.global_batch} is not divisible by train.micro_batch "
+                f"{self.micro_batch}: choose a micro-batch that divides the global batch"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes per optimizer step."""
+        return self.global_batch // self.micro_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    name: str = "run"
+    """Name shown in logs and reports."""
+    recipe: str = "bf16"
+    """Which numbers go where; see ``megafp4 recipes``."""
+    precision_schedule: str = ""
+    """Recipes by share or by step, e.g. ``mxfp4:0.9,bf16:0.1``; empty means ``recipe``."""
+    backend: Literal["reference", "bf16"] = "reference"
+    """Who computes the quantized GEMMs."""
+    device: str = "cpu"
+    """Torch device."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations between the linears."""
+    out: str = "runs/run"
+    """Run folder: configuration, metrics, checkpoints."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
