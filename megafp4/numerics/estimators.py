@@ -1,0 +1,80 @@
+"""DGE and OCC, the two estimators of arXiv 2501.17116.
+
+The differentiable gradient estimator (DGE) replaces the straight-through derivative of weight
+quantization by that of a smooth curve; outlier clamping and compensation (OCC) keeps the few
+largest activations out of the FP4 GEMM.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from megafp4.errors import ConfigError
+from megafp4.numerics.formats import E2M1
+
+
+def dge_multiplier(scaled: torch.Tensor, k: float = 5.0, cap: float = 3.0) -> torch.Tensor:
+    """Derivative of the DGE curve on the E2M1 ladder [2501.17116, eq. 7-8].
+
+    Between neighbouring grid points, u runs from -1 to 1 and f' = |u|^(1/k - 1) / k, at most
+    ``cap``: steep at the rounding threshold in the middle, 1/k on the grid points.
+
+    Args:
+        scaled: FP32 weights times the scale used in the forward pass, so within [-6, 6].
+        k: Sharpness; larger is closer to the true staircase.
+        cap: Largest derivative.
+
+    Returns:
+        FP32, same shape: multiplies the weight gradient.
+    """
+    grid = E2M1.magnitudes().to(scaled.device)
+    magnitude = scaled.float().abs().clamp(max=E2M1.max_value)
+    interval = torch.bucketize(magnitude, grid, right=True).sub_(1).clamp_(max=len(grid) - 2)
+    low, high = grid[interval], grid[interval + 1]
+    u = (2.0 * (magnitude - low) / (high - low) - 1.0).abs()
+    return (u.pow(1.0 / k - 1.0) / k).clamp(max=cap)
+
+
+def clamp_outliers(
+    x: torch.Tensor, alpha: float, mode: Literal["signed", "magnitude"] = "signed"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clamp each token at its own quantiles [2501.17116, section 3.2].
+
+    ``signed`` clamps to the values at sorted positions int((1 - alpha) d) and int(alpha d) of the
+    token's d features, as published; for skewed activations half of the budget then goes to the
+    harmless side, so ``magnitude`` clamps both signs at position int((2 alpha - 1) d) of the
+    sorted magnitudes, leaving the same share of outliers.
+
+    Args:
+        x: Activations [..., d].
+        alpha: Quantile, in (0.5, 1).
+        mode: ``signed`` or ``magnitude``.
+
+    Returns:
+        (clamped, residual): x's dtype, and FP32, where the subtraction of BF16 values is exact
+        unless they lie more than 16 octaves apart. Tokens that hold NaN stay NaN.
+
+    Raises:
+        ConfigError: alpha or mode is not allowed.
+    """
+    if not 0.5 < alpha < 1.0:
+        raise ConfigError(f"outlier quantile alpha is {alpha}: give a value between 0.5 and 1")
+    if mode not in ("signed", "magnitude"):
+        raise ConfigError(f"outlier mode is {mode!r}: choose 'signed' or 'magnitude'")
+    if x.numel() == 0:
+        return x, torch.zeros_like(x, dtype=torch.float32)
+    features = x.shape[-1]
+    # A few order statistics at either end: selecting them is several times cheaper than sorting.
+    if mode == "signed":
+        below = int((1.0 - alpha) * features) + 1
+        above = max(1, features - int(alpha * features))
+        low = x.topk(below, dim=-1, largest=False).values[..., -1:]
+        high = x.topk(above, dim=-1).values[..., -1:]
+    else:
+        above = max(1, features - int((2.0 * alpha - 1.0) * features))
+        high = x.abs().topk(above, dim=-1).values[..., -1:]
+        low = -high
+    clamped = torch.minimum(torch.maximum(x, low), high)
+    return clamped, x.float() - clamped.float()

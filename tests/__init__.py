@@ -1,0 +1,1 @@
+"""Tests of megafp4, laid out like the package; shared tolerances live in ``tolerances.py``."""
