@@ -1,0 +1,44 @@
+"""Who computes: interchangeable ways to multiply quantized operands, and the precision ledger."""
+
+from types import MappingProxyType
+
+from megafp4.backends.base import Backend, Operand, operand_format
+from megafp4.backends.bf16 import BF16Backend
+from megafp4.backends.ledger import Ledger
+from megafp4.backends.reference import ReferenceBackend
+from megafp4.errors import unknown_name
+
+__all__ = [
+    "BF16Backend",
+    "Backend",
+    "Ledger",
+    "Operand",
+    "ReferenceBackend",
+    "backend_names",
+    "operand_format",
+    "resolve_backend",
+]
+
+_BACKENDS: MappingProxyType[str, type[ReferenceBackend] | type[BF16Backend]] = MappingProxyType(
+    {"reference": ReferenceBackend, "bf16": BF16Backend}
+)
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names of the backends that exist."""
+    return tuple(_BACKENDS)
+
+
+def resolve_backend(backend: str | Backend) -> Backend:
+    """Look a backend up by name; a backend object is returned as it is.
+
+    What was asked for is returned or refused: there is no second choice.
+
+    Raises:
+        ConfigError: No backend has this name.
+    """
+    if not isinstance(backend, str):
+        return backend
+    if backend not in _BACKENDS:
+        raise unknown_name("backend", backend, _BACKENDS)
+    return _BACKENDS[backend]()

@@ -1,0 +1,248 @@
+"""The heart: a linear layer is three GEMMs, and a recipe says what each of them multiplies.
+
+For y = x W^T + bias, with dy the gradient of y:
+
+=======  ================  ==================  ===================  ====================
+GEMM     result            a                   b                    contracts over
+=======  ================  ==================  ===================  ====================
+fprop    y [tokens, out]   x [tokens, in]      W [out, in]          in
+dgrad    dx [tokens, in]   dy [tokens, out]    W [out, in]          out
+wgrad    dW [out, in]      dy [tokens, out]    x [tokens, in]       tokens
+=======  ================  ==================  ===================  ====================
+
+Every operand takes the same way: start from the original (or from what fprop multiplied), Hadamard
+transform, quantize; the GEMM's alpha then undoes prescale and transform on the FP32 accumulator.
+The bias gradient is the plain sum of dy. Models are in FP32 or BF16; y and dx have x's type.
+
+Random bits depend on (seed, step, layer, GEMM, operand, global element), never on a generator: an
+element draws the same bits however the batch is cut, when it is recomputed, and after a resume.
+The weight draws once per step, so it is quantized once per step and shared by all micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megafp4.backends import Backend, Operand, operand_format, resolve_backend
+from megafp4.errors import ConfigError, UnsupportedError
+from megafp4.numerics import Key, QTensor
+from megafp4.numerics.grid import GridWeight
+from megafp4.numerics.grid_linear import GridLinear
+from megafp4.precision import Position, Precision, WeightCache
+from megafp4.recipes import DGE, GEMMS, Gemm, Recipe, Side, get_recipe
+from megafp4.recipes.cast import cast, dge_slope, split_outliers, value
+
+FP32 = torch.float32
+# Contraction axis of a and of b, as in the table above.
+_AXES = {"fprop": (1, 1), "residual": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}
+
+
+@dataclass
+class LinearOp:
+    """The three GEMMs of one layer; a function of tensors that owns no parameters.
+
+    ``fprop``, ``dgrad`` and ``wgrad`` can be called on their own, as pipeline schedules do; ``at``
+    is the position of the forward pass they belong to.
+
+    Raises:
+        UnsupportedError: The backend cannot multiply what the recipe asks for.
+    """
+
+    recipe: Recipe
+    backend: Backend
+    precision: Precision
+    layer: int = 0
+    name: str = ""
+    segments: tuple[int, ...] | None = None
+    grid: GridWeight | None = None
+    _cache: WeightCache = field(default_factory=WeightCache, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or f"layer {self.layer}"
+        for gemm in GEMMS:
+            self.backend.check(self.recipe.gemm(gemm).a.format, self.recipe.gemm(gemm).b.format)
+
+    def fprop(self, x: Tensor, weight: Tensor, at: Position) -> tuple[Tensor, Tensor]:
+        """x [tokens, in], W [out, in] -> FP32 y [tokens, out], and the x that wgrad starts from."""
+        spec = self.recipe.fprop.a
+        inner, outliers = split_outliers(x, spec)
+        a = self._cast("fprop", "a", inner, at)
+        y = self._multiply("fprop", a, self._weight("fprop", weight, at))
+        if outliers is not None:
+            # What was clamped off meets the weight as it is [2501.17116, section 3.2].
+            dense = self._dense(weight).bfloat16()
+            y += self._multiply("residual", outliers.bfloat16(), dense)
+        if self.recipe.wgrad.b.source != "fprop":
+            return y, x
+        return y, value(a, spec) if outliers is None else value(a, spec) + outliers
+
+    def dgrad(self, dy: Tensor, weight: Tensor, at: Position) -> Tensor:
+        """dy [tokens, out], W [out, in] -> dx [tokens, in] in dy's dtype."""
+        a = self._cast("dgrad", "a", dy, at)
+        return self._multiply("dgrad", a, self._weight("dgrad", weight, at), dy.dtype)
+
+    def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, at: Position) -> Tensor:
+        """dy [tokens, out], x [tokens, in] as fprop returned it -> dW [out, in] in W's dtype."""
+        a, b = self._cast("wgrad", "a", dy, at), self._cast("wgrad", "b", x, at)
+        dw = self._multiply("wgrad", a, b)
+        if isinstance(dge := self.recipe.fprop.b.estimator, DGE):
+            dw *= dge_slope(self._dense(weight), self._weight("fprop", weight, at), dge)
+        return dw.to(weight.dtype)
+
+    def _cast(self, gemm: Gemm, side: Side, x: Tensor, at: Position) -> Operand:
+        """Apply the recipe to one operand, at its place in the global batch."""
+        key = Key(self.precision.seed, at.step, self.layer, gemm, side)
+        axis = _AXES[gemm]["ab".index(side)]
+        is_weight = side == "b" and gemm != "wgrad"
+        first = 0 if is_weight else at.first_token
+        origin = (first, 0) if axis == 1 else (0, first)
+        segments = self.segments if is_weight else None
+        operand, seen = cast(x, self.recipe.gemm(gemm), side, axis, key, origin, segments)
+        if self.precision.probe is not None and isinstance(operand, QTensor):
+            self.precision.probe(self.name, gemm, side, seen, operand)
+        return operand
+
+    def _weight(self, gemm: Gemm, weight: Tensor, at: Position) -> Operand:
+        """Operand b of fprop or dgrad, quantized once per step and version of the weight."""
+        if self.recipe.grid and self.grid is None:
+            raise ConfigError(f"{self.name!r} has no grid weight yet: call to_grid() first")
+        stored = self.grid.codes if self.grid else weight
+        return self._cache.get(gemm, stored, at.step, lambda: self._cast_weight(gemm, weight, at))
+
+    def _cast_weight(self, gemm: Gemm, weight: Tensor, at: Position) -> Operand:
+        spec = self.recipe.gemm(gemm).b
+        if self.grid and spec.source == "grid" and spec.quantized:
+            return self.grid.to_qtensor()
+        if spec.source == "fprop":
+            multiplied = value(self._weight("fprop", weight, at), self.recipe.fprop.b)
+            return self._cast(gemm, "b", multiplied, at)
+        return self._cast(gemm, "b", self._dense(weight), at)
+
+    def _dense(self, weight: Tensor) -> Tensor:
+        return self.grid.decode() if self.grid else weight
+
+    def _multiply(self, gemm: str, a: Operand, b: Operand, out: torch.dtype = FP32) -> Tensor:
+        formats = operand_format(a), operand_format(b)
+        self.precision.ledger.record(self.name, gemm, *formats, self.backend.name)
+        alpha = 1.0 if gemm == "residual" else getattr(self.recipe, gemm).alpha
+        return self.backend.gemm(a, b, _AXES[gemm], alpha, out)
+
+
+class _ThreeGemms(torch.autograd.Function):
+    """Autograd's view of a :class:`LinearOp`: dgrad and wgrad run only where they are needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp) -> Tensor:
+        ctx.op, ctx.at, ctx.shape = op, op.precision.position, x.shape
+        y, used = op.fprop(x.reshape(-1, x.shape[-1]), weight, ctx.at)
+        ctx.save_for_backward(used if ctx.needs_input_grad[1] else None, weight)
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        used, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dy = dy.reshape(-1, weight.shape[0])
+        dx = ctx.op.dgrad(dy, weight, ctx.at).view(ctx.shape) if needs_x else None
+        dw = ctx.op.wgrad(dy, used, weight, ctx.at) if needs_weight else None
+        db = dy.sum(0, dtype=torch.float32) if needs_bias else None
+        return dx, dw, db, None
+
+
+class Linear(GridLinear):
+    """``nn.Linear`` whose three GEMMs follow a recipe.
+
+    Args:
+        in_features, out_features, bias, device, dtype: As in ``nn.Linear``.
+        recipe: Name or :class:`Recipe`.
+        backend: Name or :class:`Backend`.
+        precision: Shared by the linears of a model; None makes one of its own.
+        layer: Stream id; layers with different ids draw different random bits.
+        name: Name in errors, ledger and statistics.
+        segments: Row counts of the matrices fused in the weight (q, k, v; gate, up): the scale that
+            BitNet and DQT take from the mean of a whole matrix is taken from each.
+
+    Raises:
+        ConfigError: Unknown names; widths that the recipe's blocks do not divide.
+        UnsupportedError: The backend cannot run the recipe.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        recipe: str | Recipe = "bf16",
+        backend: str | Backend = "reference",
+        precision: Precision | None = None,
+        layer: int = 0,
+        name: str = "",
+        segments: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        rows = None if segments is None else tuple(segments)
+        self.op = LinearOp(
+            get_recipe(recipe),
+            resolve_backend(backend),
+            precision or Precision(),
+            layer,
+            name,
+            rows,
+        )
+        self.op.recipe.check_layer(in_features, out_features, rows, self.op.name)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe in force."""
+        return self.op.recipe
+
+    def set_recipe(self, recipe: str | Recipe) -> None:
+        """Switch to another recipe, between steps.
+
+        Raises:
+            ConfigError: As the constructor; or the weight would have to leave its grid.
+        """
+        new = get_recipe(recipe)
+        if self.grid is not None and new.grid != self.recipe.grid:
+            raise ConfigError(
+                f"{self.op.name!r} holds its weight on the grid of {self.recipe.name!r}, which "
+                f"{new.name!r} does not share: choose a recipe with the same grid"
+            )
+        new.check_layer(self.in_features, self.out_features, self.op.segments, self.op.name)
+        self.op = replace(self.op, recipe=new)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in], FP32 or BF16 -> [..., out] of the same dtype."""
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedError(f"{self.op.name!r} got a {x.dtype} input: give FP32 or BF16")
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            self.recipe.check_length("wgrad", x.shape[:-1].numel(), self.op.name)
+        return _ThreeGemms.apply(x, self.weight, self.bias, self.op)
+
+    def to_grid(self) -> None:
+        """Move the weight onto the recipe's grid: packed codes and steps become its only copy.
+
+        Raises:
+            ConfigError: The recipe has no grid.
+        """
+        spec = self.recipe.grid
+        if spec is None:
+            raise ConfigError(f"recipe {self.recipe.name!r} of {self.op.name!r} has no grid")
+        segments, layer = self.op.segments, self.op.layer
+        self.op.grid = GridWeight.from_dense(self.weight, spec.bits, spec.range, segments, layer)
+        self.hold_grid(self.op.grid)
+
+    def extra_repr(self) -> str:
+        """Show every cast."""
+        gemms = ", ".join(f"{gemm}: {self.recipe.gemm(gemm)}" for gemm in GEMMS)
+        return f"{super().extra_repr()}, recipe={self.recipe.name}, {gemms}"

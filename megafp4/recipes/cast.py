@@ -1,0 +1,136 @@
+"""Applying a recipe to a matrix: from a tensor to an operand of one GEMM, and back to its value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megafp4.numerics import (
+    Key,
+    QTensor,
+    clamp_outliers,
+    dge_multiplier,
+    hadamard,
+    hadamard_signs,
+    quantize,
+)
+from megafp4.recipes.recipe import DGE, GemmSpec, OperandSpec, Side
+
+
+def cast(
+    x: Tensor,
+    spec: GemmSpec,
+    side: Side,
+    axis: int,
+    key: Key,
+    origin: tuple[int, int] = (0, 0),
+    segments: Sequence[int] | None = None,
+) -> tuple[QTensor | Tensor, Tensor]:
+    """Turn a matrix into one operand of a GEMM: Hadamard, prescale, quantize; or a plain cast.
+
+    Args:
+        x: FP32 or BF16 [rows, cols].
+        spec: The GEMM.
+        side: Which operand of it x is.
+        axis: Contraction axis, 0 or 1.
+        key: Random key of the operand; the Hadamard signs derive from it, the same on both sides.
+        origin: Global (line, k) of x's first element.
+        segments: Row counts of the matrices fused in x, each with a tensor-wide absmean scale of
+            its own; None means one.
+
+    Returns:
+        (operand, seen): codes and scales, or a BF16 / FP32 tensor; and what it stands for, x after
+        Hadamard and prescale.
+
+    Raises:
+        ConfigError: See :func:`megafp4.quantize` and :func:`megafp4.numerics.hadamard`.
+    """
+    operand = spec.side(side)
+    if not operand.quantized:
+        return x.to(operand.dtype), x
+    if spec.hadamard:
+        x = hadamard(x, spec.hadamard, axis, _signs(spec, key).to(x.device))
+    split = operand.statistic == "absmean" and operand.shared_scale == "tensor" and segments
+    parts = [
+        quantize(
+            part,
+            operand.format,
+            axis,
+            operand.rounding,
+            key,
+            scaling=operand.scaling,
+            statistic=operand.statistic,
+            prescale=operand.prescale,
+            dither_bits=operand.dither_bits,
+            origin=origin,
+        )
+        for part in (torch.split(x, list(segments)) if split and segments else (x,))
+    ]
+    seen = x if operand.prescale == 1 else x.float() * operand.prescale
+    return _join(parts), seen
+
+
+def split_outliers(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor | None]:
+    """Clamp activations as the recipe says [2501.17116, section 3.2].
+
+    Args:
+        x: FP32 or BF16 [tokens, features].
+        spec: The operand.
+
+    Returns:
+        (what is to be quantized, what was cut off), FP32; the latter None if nothing is to be
+        multiplied on the side.
+    """
+    if spec.clamp is None:
+        return x, None
+    # In FP32: a difference of two BF16 values would be rounded to BF16.
+    clamped, residual = clamp_outliers(x.float(), spec.clamp.alpha, spec.clamp.mode)
+    return clamped, residual if spec.clamp.residual else None
+
+
+def dge_slope(weight: Tensor, operand: QTensor | Tensor, dge: DGE) -> Tensor:
+    """Derivative of the weight's rounding, which multiplies its gradient [2501.17116, eq. 8].
+
+    Args:
+        weight: [out, in], before quantization.
+        operand: The same, as fprop multiplied it; its scales tell where in the ladder a weight is.
+        dge: Sharpness and cap.
+
+    Returns:
+        FP32 [out, in].
+    """
+    assert isinstance(operand, QTensor), "OperandSpec allows DGE for quantized weights only"
+    # Multiplied by the reciprocal, as quantize() does.
+    return dge_multiplier(weight.float() * (1.0 / operand.scale_values()), dge.k, dge.cap)
+
+
+def value(operand: QTensor | Tensor, spec: OperandSpec) -> Tensor:
+    """What an operand stands for: FP32 decoded value, prescale undone; a plain cast as it is."""
+    if not isinstance(operand, QTensor):
+        return operand
+    decoded = operand.dequantize()
+    return decoded if spec.prescale == 1 else decoded / spec.prescale
+
+
+def _signs(spec: GemmSpec, key: Key) -> Tensor:
+    assert spec.hadamard is not None
+    if spec.signs == "fixed":
+        key = key._replace(step=0, layer=0)
+    return hadamard_signs(key._replace(operand="signs"), spec.hadamard)
+
+
+def _join(parts: list[QTensor]) -> QTensor:
+    """Stack row segments, each with one scale, into a matrix with one scale per row."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [q.scales.expand(q.shape[0], 1) for q in parts]
+    return replace(
+        parts[0],
+        codes=torch.cat([q.codes for q in parts]),
+        scales=torch.cat(rows),
+        axis=1,
+        scaling="vector",
+    )
