@@ -1,0 +1,84 @@
+"""What GPT and Llama share: embed, run the blocks, normalise, project, score."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megafp4.config import ModelConfig
+from megafp4.errors import ConfigError
+from megafp4.models.layers import Block, Rotary
+
+if TYPE_CHECKING:
+    from megafp4.models.factory import LayerFactory
+
+IGNORED_TARGET = -1
+"""Targets with this value do not enter the loss."""
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model; a family is a subclass that says how positions enter."""
+
+    norm: str
+    """Norm of the family, ``layernorm`` or ``rmsnorm``."""
+
+    def __init__(self, config: ModelConfig, factory: LayerFactory, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embedding = factory.embedding(config.vocab_size, config.hidden, role="tokens")
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config, factory, index, norm=self.norm) for index in range(config.layers)
+        )
+        self.final_norm = factory.norm(self.norm, config.hidden, config.norm_eps)
+        self.head = factory.head(config.hidden, config.vocab_size, tied=config.ties_embeddings)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return FP32 embeddings [B, S, H] of tokens [B, S]."""
+        return self.embedding(tokens)
+
+    def rotary(self, tokens: Tensor) -> Rotary | None:
+        """Return the rotary tables of a batch, or None where positions enter elsewhere."""
+        return None
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Predict the next token at every position.
+
+        Args:
+            tokens: int64 [B, S] with S at most ``config.seq_len``.
+            targets: int64 [B, S], or None; positions that hold -1 are ignored.
+
+        Returns:
+            Logits [B, S, V] in the activations' type or, given targets, the mean cross-entropy in
+            nats (FP32, 0-dim; NaN when every target is ignored).
+
+        Raises:
+            ConfigError: The sequence is longer than the model was built for.
+        """
+        if tokens.shape[-1] > self.config.seq_len:
+            raise ConfigError(
+                f"a sequence of {tokens.shape[-1]} tokens was given to a model with model.seq_len "
+                f"{self.config.seq_len}: shorten the sequence or raise model.seq_len"
+            )
+        x = self.dropout(self.embed(tokens).to(self.dtype))
+        rotary = self.rotary(tokens)
+        for block in self.blocks:
+            x = block(x, rotary)
+        logits = self.head(self.final_norm(x), self.embedding.weight)
+        return logits if targets is None else cross_entropy(logits, targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over the targets that are not -1.
+
+    Args:
+        logits: [..., V], any float type; the softmax is taken in FP32.
+        targets: int64 [...].
+    """
+    return F.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED_TARGET
+    )

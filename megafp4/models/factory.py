@@ -1,0 +1,199 @@
+"""Who makes the layers: the one seam between the models and the numbers they run on.
+
+A model names every linear by block and slot. From that follow its module path
+(``blocks.3.attention.qkv``) and its layer id ``16 * block + slot``, which keys the random bits of
+stochastic rounding; so both are independent of the recipe and of which rank builds the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import nn
+
+from megafp4.errors import ConfigError, unknown_name
+from megafp4.linear import Linear
+from megafp4.models.layers import DenseLinear, Head, LayerNorm, RMSNorm
+from megafp4.precision import Precision
+from megafp4.recipes import Recipe, get_recipe
+
+SLOTS = ("attention.qkv", "attention.out", "mlp.up", "mlp.gate_up", "mlp.down")
+"""Linears a block can hold. Append only: the position is part of every random stream."""
+
+SLOTS_PER_BLOCK = 16
+"""Layer ids reserved for one block."""
+
+_NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+def layer_id(block: int, slot: str) -> int:
+    """Return the stream id of one linear.
+
+    Raises:
+        ConfigError: Unknown slot.
+    """
+    if slot not in SLOTS:
+        raise unknown_name("slot", slot, SLOTS)
+    return SLOTS_PER_BLOCK * block + SLOTS.index(slot)
+
+
+def layer_name(block: int, slot: str) -> str:
+    """Return the module path of one linear, which is also its name in every report."""
+    return f"blocks.{block}.{slot}"
+
+
+class LayerFactory(Protocol):
+    """What a model may ask for."""
+
+    def linear(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        block: int,
+        slot: str,
+        parallel: Literal["column", "row"],
+        bias: bool,
+        segments: tuple[int, ...] | None = None,
+    ) -> nn.Module:
+        """Make a linear of a block.
+
+        Args:
+            in_features: Width of the input.
+            out_features: Width of the output.
+            block: Index of the transformer block.
+            slot: One of :data:`SLOTS`.
+            parallel: The dim that tensor parallelism may cut: ``column`` outputs, ``row`` inputs.
+            bias: Whether it has a bias.
+            segments: Rows of the logical matrices fused in the weight, summing to
+                ``out_features``; None means one matrix.
+        """
+        ...
+
+    def embedding(
+        self, rows: int, width: int, *, role: Literal["tokens", "positions"]
+    ) -> nn.Module:
+        """Make an embedding table; its ``weight`` is [rows, width]."""
+        ...
+
+    def norm(self, kind: str, width: int, eps: float) -> nn.Module:
+        """Make a ``layernorm`` or ``rmsnorm`` over the last dim."""
+        ...
+
+    def head(self, width: int, vocab: int, *, tied: bool) -> nn.Module:
+        """Make the output layer, called with hidden states and the token embedding's weight."""
+        ...
+
+
+class DenseFactory:
+    """Ordinary layers: the model without any quantization machinery, the oracle of the tests."""
+
+    def linear(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        block: int,
+        slot: str,
+        parallel: Literal["column", "row"],
+        bias: bool,
+        segments: tuple[int, ...] | None = None,
+    ) -> nn.Module:
+        """Make a plain linear; block, slot and segments do not matter to it."""
+        return DenseLinear(in_features, out_features, bias=bias)
+
+    def embedding(
+        self, rows: int, width: int, *, role: Literal["tokens", "positions"]
+    ) -> nn.Module:
+        """Make an embedding table [rows, width]."""
+        return nn.Embedding(rows, width)
+
+    def norm(self, kind: str, width: int, eps: float) -> nn.Module:
+        """Make a norm that computes in FP32."""
+        if kind not in _NORMS:
+            raise unknown_name("norm", kind, _NORMS)
+        return _NORMS[kind](width, eps=eps)
+
+    def head(self, width: int, vocab: int, *, tied: bool) -> nn.Module:
+        """Make the output layer in the activations' type."""
+        return Head(width, vocab, tied=tied)
+
+
+class QuantizedFactory(DenseFactory):
+    """Linears that run a recipe's three GEMMs; everything else stays ordinary.
+
+    Args:
+        recipe: Recipe of the linears, by name or as data; the blocks it exempts get ``bf16``.
+        backend: Who computes, e.g. ``reference``.
+        precision: Seed, step and ledger, shared by all layers of the model.
+        num_layers: Blocks of the model.
+
+    Raises:
+        ConfigError: Unknown recipe, or one that exempts every block.
+    """
+
+    def __init__(
+        self, recipe: str | Recipe, backend: str, precision: Precision, num_layers: int
+    ) -> None:
+        self.recipe = get_recipe(recipe)
+        self.backend = backend
+        self.precision = precision
+        self.num_layers = num_layers
+        _check_exemptions(self.recipe, num_layers)
+
+    def linear(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        block: int,
+        slot: str,
+        parallel: Literal["column", "row"],
+        bias: bool,
+        segments: tuple[int, ...] | None = None,
+    ) -> nn.Module:
+        """Make a linear that runs the recipe, or BF16 in an exempt block."""
+        return Linear(
+            in_features,
+            out_features,
+            bias=bias,
+            recipe=_recipe_of_block(self.recipe, block, self.num_layers),
+            backend=self.backend,
+            precision=self.precision,
+            layer=layer_id(block, slot),
+            name=layer_name(block, slot),
+            segments=segments,
+        )
+
+
+def set_recipe(model: nn.Module, recipe: str | Recipe, num_layers: int) -> None:
+    """Switch every linear of a model built by :class:`QuantizedFactory` to another recipe.
+
+    Args:
+        model: The model.
+        recipe: The new recipe; the blocks it exempts get ``bf16``.
+        num_layers: Blocks of the model.
+
+    Raises:
+        ConfigError: Unknown recipe, one that exempts every block, or one that the weights' storage
+            does not allow.
+    """
+    found = get_recipe(recipe)
+    _check_exemptions(found, num_layers)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            block = module.op.layer // SLOTS_PER_BLOCK
+            module.set_recipe(_recipe_of_block(found, block, num_layers))
+
+
+def _recipe_of_block(recipe: Recipe, block: int, num_layers: int) -> Recipe:
+    return get_recipe("bf16") if recipe.exempts_block(block, num_layers) else recipe
+
+
+def _check_exemptions(recipe: Recipe, num_layers: int) -> None:
+    if all(recipe.exempts_block(block, num_layers) for block in range(num_layers)):
+        raise ConfigError(
+            f"recipe {recipe.name!r} exempts the first {recipe.skip_first} and last "
+            f"{recipe.skip_last} blocks, which are all of a model with {num_layers}: "
+            "choose a deeper model or exempt fewer blocks"
+        )
