@@ -1,0 +1,55 @@
+"""The global gradient norm, and the factor that brings it below a limit.
+
+Nothing is scaled here: the factor goes to :meth:`megafp4.optim.Optimizer.step`, which multiplies
+each gradient once, when it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megafp4.errors import ConfigError
+
+
+def global_norm(grads: Iterable[Tensor]) -> float:
+    """L2 norm of all gradients taken as one vector.
+
+    Squares are summed in FP64, tensor by tensor in the order given, so that the result neither
+    overflows for finite FP32 gradients nor depends on how tensors are grouped.
+
+    Args:
+        grads: Gradients of any shape and floating dtype; may be empty.
+    """
+    norms = [torch.linalg.vector_norm(grad.detach(), dtype=torch.float64) for grad in grads]
+    if not norms:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack(norms)).item())
+
+
+def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> tuple[float, float]:
+    """Measure the global gradient norm and the factor that clips it.
+
+    Args:
+        params: Parameters; those without a gradient are left out.
+        max_norm: Largest norm allowed; 0 switches clipping off, but the norm is still measured.
+
+    Returns:
+        ``(norm, scale)``, with ``scale = min(1, max_norm / norm)``. A norm that is not finite is
+        returned as it is, with a scale of NaN that the optimizer refuses: an infinite gradient
+        must not be turned into a small one.
+
+    Raises:
+        ConfigError: ``max_norm`` is negative or NaN.
+    """
+    if not max_norm >= 0:
+        raise ConfigError(f"optim.clip_grad is {max_norm}: give 0 (off) or a positive norm")
+    norm = global_norm(param.grad for param in params if param.grad is not None)
+    if not math.isfinite(norm):
+        return norm, math.nan
+    if max_norm == 0 or norm <= max_norm:
+        return norm, 1.0
+    return norm, max_norm / norm
