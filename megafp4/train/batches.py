@@ -1,0 +1,91 @@
+"""The batches of a run: which samples belong to which step, cut into micro-batches.
+
+Nothing here has state. Training batch ``step`` is samples ``step * global_batch`` onwards of the
+run's one order; the validation batches are the first samples of the validation data, every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megafp4.config import DataConfig, ModelConfig, TrainConfig
+from megafp4.data.loader import BatchSource, build_datasets
+from megafp4.errors import DataError
+
+MicroBatch = tuple[Tensor, Tensor]
+"""Tokens and targets, int64 [micro-batch, sequence]; targets that hold -1 are ignored."""
+
+
+class Batches:
+    """Reads the batches of a run.
+
+    Args:
+        data: What is read.
+        model: Sequence length and vocabulary.
+        train: Sizes of batches, number of steps, seed.
+        device: Where the batches go.
+
+    Raises:
+        ConfigError: Unknown tokenizer.
+        DataError: The files are missing, damaged, too small, or do not fit tokenizer and model.
+    """
+
+    def __init__(
+        self, data: DataConfig, model: ModelConfig, train: TrainConfig, device: torch.device
+    ) -> None:
+        self.tokens_per_step = train.global_batch * model.seq_len
+        self._order = train
+        self._vocab_size = model.vocab_size
+        self._device = device
+        self._train, self._valid = build_datasets(
+            data,
+            seq_len=model.seq_len,
+            train_samples=train.steps * train.global_batch,
+            valid_samples=train.eval_batches * train.micro_batch,
+            seed=train.seed,
+            vocab_size=model.vocab_size,
+        )
+
+    def training(self, step: int) -> list[MicroBatch]:
+        """Micro-batches of optimizer step ``step``, counted from 0."""
+        order = self._order
+        first, count = step * order.global_batch, order.global_batch
+        return [
+            self._read(self._train, consumed)
+            for consumed in range(first, first + count, order.micro_batch)
+        ]
+
+    def validation(self) -> Iterator[MicroBatch]:
+        """The fixed validation batches, read one by one; none if the run does not evaluate."""
+        if self._valid is not None:
+            for index in range(self._order.eval_batches):
+                yield self._read(self._valid, index * self._order.micro_batch)
+
+    def fingerprint(self) -> str:
+        """Digest of the first and the last training batch and of one validation batch.
+
+        A run that is continued on other token files would end anywhere; this tells them apart.
+        """
+        batches = [*self.training(0), *self.training(self._order.steps - 1)]
+        batches += [batch for batch, _ in zip(self.validation(), range(1), strict=False)]
+        digest = hashlib.sha256()
+        for tokens, targets in batches:
+            digest.update(tokens.cpu().numpy().tobytes() + targets.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _read(self, source: BatchSource, consumed: int) -> MicroBatch:
+        tokens, targets = source.batch(consumed, self._order.micro_batch)
+        # Files are checked when they are opened, but not every byte of them: an id without a row in
+        # the embedding would end the run with an error that names neither.
+        largest = max(int(tokens.max()), int(targets.max()))
+        if largest >= self._vocab_size or int(targets.min()) < -1:
+            raise DataError(
+                f"the {source.name} data holds token id {largest} in the samples from {consumed} "
+                f"on, but model.vocab_size is {self._vocab_size}: restore or preprocess the token "
+                "files again"
+            )
+        return tokens.to(self._device), targets.to(self._device)

@@ -1,0 +1,244 @@
+"""The composition root: a :class:`RunConfig` in, everything a training run consists of out.
+
+Nothing else in ``train`` sees the whole configuration. Whatever is wrong with a run (names, shapes,
+data, a run folder that belongs to something else) comes to light here, before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megafp4 import settings
+from megafp4.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from megafp4.data import corpus
+from megafp4.data.sidecar import check_vocabulary
+from megafp4.data.tokenizer import get_tokenizer
+from megafp4.errors import ConfigError
+from megafp4.linear import Linear
+from megafp4.models import QuantizedFactory, build_model, flops_per_token, init_weights
+from megafp4.models.decoder import Decoder
+from megafp4.models.factory import set_recipe
+from megafp4.optim import Optimizer, build_optimizer, learning_rate
+from megafp4.precision import Precision
+from megafp4.recipes import PrecisionSchedule, Recipe
+from megafp4.train.batches import Batches
+from megafp4.train.guard import LossGuard
+from megafp4.train.metrics import Clock, Metrics, Screen, Workload, peak_flops
+from megafp4.train.summary import SUMMARY
+
+MAY_CHANGE = ("out", "data.cache", "train.checkpoint_interval", "train.keep_checkpoints")
+"""Fields that do not influence any number: a run may be continued with others."""
+
+
+@dataclass
+class Run:
+    """A training run, put together."""
+
+    name: str
+    """Name for logs and reports."""
+    recipe_name: str
+    """Recipe or precision schedule, for reports."""
+    folder: Path
+    """Run folder."""
+    device: torch.device
+    """Where the model is."""
+    train: TrainConfig
+    """Order, length and intervals."""
+    optim: OptimConfig
+    """Learning rate and clipping."""
+    model: Decoder
+    """What is trained."""
+    precision: Precision
+    """Step and token counters, ledger and probe, shared by every linear of ``model``."""
+    schedule: PrecisionSchedule
+    """Which recipe is in force at which step."""
+    recipe: Recipe
+    """Recipe in force now."""
+    optimizer: Optimizer
+    """How the weights move."""
+    data: Batches
+    """Training and validation batches."""
+    guard: LossGuard
+    """Judge of every loss."""
+    clock: Clock
+    """Times the steps."""
+    metrics: Metrics
+    """Where numbers go."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train.steps
+
+    def follow_schedule(self, step: int) -> None:
+        """Put every linear under the recipe that is in force at a step, if that has changed."""
+        recipe = self.schedule.recipe_at(step)
+        if recipe != self.recipe:
+            set_recipe(self.model, recipe, self.model.config.layers)
+            self.recipe = recipe
+            self.metrics.screen.say(f"recipe {recipe.name} from step {step + 1} on")
+
+
+def build(config: RunConfig, *, quiet: bool = False) -> Run:
+    """Put a run together and claim its folder; nothing is trained yet.
+
+    Args:
+        config: What to run.
+        quiet: Print nothing.
+
+    Raises:
+        ConfigError: The configuration is impossible, or the folder holds another run.
+        DataError: The token files are missing, damaged or do not fit the model.
+        UnsupportedError: The backend or device cannot do what is asked.
+    """
+    schedule = check(config)
+    check_folder(config)
+    device = torch.device(config.device)
+    data = Batches(token_files(config), config.model, config.train, device)
+    precision = Precision(seed=config.train.seed)
+    model = make_model(config, schedule, precision).to(device)
+    clock = Clock()
+    work = Workload(
+        steps=config.train.steps,
+        tokens_per_step=data.tokens_per_step,
+        flops_per_token_half=flops_per_token(config.model, config.model.seq_len, "half"),
+        flops_per_token_full=flops_per_token(config.model, config.model.seq_len, "full"),
+        peak_flops=peak_flops(device),
+    )
+    folder = Path(config.out)
+    optimizer = build_optimizer(model.named_parameters(), config.optim, config.train.seed)
+    torch.manual_seed(config.train.seed)  # dropout; everything else has generators of its own
+    claim_folder(config)
+    return Run(
+        name=config.name,
+        recipe_name=config.precision_schedule or config.recipe,
+        folder=folder,
+        device=device,
+        train=config.train,
+        optim=config.optim,
+        model=model,
+        precision=precision,
+        schedule=schedule,
+        recipe=schedule.recipe_at(0),
+        optimizer=optimizer,
+        data=data,
+        guard=LossGuard(config.train.spike_factor, config.train.max_spikes),
+        clock=clock,
+        metrics=Metrics(folder, work, Screen(config.name, work, quiet=quiet), clock),
+    )
+
+
+def make_model(config: RunConfig, schedule: PrecisionSchedule, precision: Precision) -> Decoder:
+    """Build the model with its initial weights, on the grid where the recipe keeps them there."""
+    recipe = schedule.recipe_at(0)
+    factory = QuantizedFactory(recipe, config.backend, precision, config.model.layers)
+    model = build_model(config.model, factory, getattr(torch, config.dtype))
+    init_weights(model, config.model, config.train.seed)
+    for module in model.modules():
+        if isinstance(module, Linear) and module.recipe.grid is not None:
+            module.to_grid()
+    return model
+
+
+def check(config: RunConfig) -> PrecisionSchedule:
+    """Find whatever makes a run impossible before any work is done.
+
+    Returns:
+        The precision schedule, or the one recipe as a schedule.
+
+    Raises:
+        ConfigError: Unknown names, or sizes that recipe, model, schedule and batch cannot share.
+        DataError: Model and tokenizer have different vocabularies.
+        UnsupportedError: The backend cannot run the recipe.
+    """
+    _check_device(config.device)
+    steps = config.train.steps
+    schedule = PrecisionSchedule.parse(config.precision_schedule, steps, config.recipe)
+    learning_rate(0, config.optim, steps)
+    check_vocabulary(get_tokenizer(config.data.tokenizer), config.model.vocab_size)
+    if not config.data.train and config.data.tokenizer != "bytes":
+        raise ConfigError(
+            f"data.train is empty and tokenizer {config.data.tokenizer!r} has no built-in text: "
+            "make token files with megafp4 data preprocess and name them with --data.train"
+        )
+    for _, recipe in schedule.stages:
+        recipe.check_length("wgrad", config.train.micro_batch * config.model.seq_len, "every layer")
+        factory = QuantizedFactory(recipe, config.backend, Precision(), config.model.layers)
+        with torch.device("meta"):  # widths are checked, nothing is allocated
+            build_model(config.model, factory)
+    return schedule
+
+
+def token_files(config: RunConfig) -> DataConfig:
+    """Say what is read: the configured files or, where none are named, the text of this Python.
+
+    That text, as bytes, is written into ``data.cache`` or the folder ``data`` of the run if it is
+    not there yet.
+
+    Raises:
+        DataError: The token files cannot be written.
+    """
+    if config.data.train:
+        return config.data
+    prefixes = corpus.prepare(config.data.cache or Path(config.out) / "data")
+    train, valid = ((shlex.quote(prefix),) for prefix in prefixes)
+    return replace(config.data, train=train, valid=valid)
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse a run folder that holds another run.
+
+    Raises:
+        ConfigError: Names the fields that differ.
+    """
+    path = Path(config.out) / "config.json"
+    if not path.exists():
+        return
+    changed = settings.differences(settings.read_config(path), config, MAY_CHANGE)
+    if changed:
+        raise ConfigError(
+            f"{config.out} holds a run with another configuration ({', '.join(changed)}): choose "
+            "another --out, or delete the folder to start over"
+        )
+
+
+def claim_folder(config: RunConfig) -> None:
+    """Write ``config.json`` into the run folder.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    try:
+        settings.write_config(config, Path(config.out) / "config.json")
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {config.out} cannot be written ({error}): choose another --out"
+        ) from error
+
+
+def finished_summary(config: RunConfig) -> dict[str, Any] | None:
+    """Summary of this very run, if its folder says that it took its last step.
+
+    Raises:
+        ConfigError: The folder holds another run.
+    """
+    check_folder(config)
+    path = Path(config.out) / SUMMARY
+    if not path.exists():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}): choose cpu") from error

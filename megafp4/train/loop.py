@@ -1,0 +1,156 @@
+"""The training loop: read this file to know in what order things happen.
+
+One optimizer step is::
+
+    for each micro-batch:   loss = model(tokens, targets)      three quantized GEMMs per linear,
+                            loss.backward()                    gradients accumulate in FP32
+    clip by the global norm -> guard -> optimizer.step
+
+Everything random is a function of what it is for, not of when it runs: batches of the samples
+consumed, stochastic rounding and Hadamard signs of (seed, step, layer, GEMM, operand). What is left
+(weights, moments, dropout's generator) is in the checkpoint. So a run that is killed at any moment
+and started again ends in the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megafp4.optim import clip_grad_norm, learning_rate
+from megafp4.train import state
+from megafp4.train.batches import MicroBatch
+from megafp4.train.build import Run
+from megafp4.train.evaluate import evaluate
+from megafp4.train.guard import check_finite_gradients, check_finite_loss
+from megafp4.train.hooks import StopRequest, is_due
+from megafp4.train.quant_stats import Collector, grid_rates
+from megafp4.train.state import Progress
+from megafp4.train.summary import write_summary
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured."""
+
+    loss: float
+    """Mean over the targets of the global batch, before the update."""
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    """Learning rate."""
+
+
+def train(run: Run) -> Progress:
+    """Train to the last step, or until SIGINT or SIGTERM; continue where a checkpoint ends.
+
+    Returns:
+        How far the run came. If a signal stopped it, a checkpoint of its last step was written.
+
+    Raises:
+        DivergenceError: NaN, infinity, or too many loss spikes in a row.
+        CheckpointError: The run folder's checkpoint is damaged or of another model.
+    """
+    progress = state.restore(run)
+    run.metrics.open(progress.done)
+    if progress.done:
+        run.metrics.screen.say(f"continuing after step {progress.done}")
+    try:
+        with StopRequest() as stop:
+            while progress.done < run.steps and not stop:
+                advance(run, progress)
+            if progress.saved < progress.done:
+                state.save(run, progress)
+        if progress.done == run.steps:
+            write_summary(run, progress)
+        else:
+            progress.stopped_by = stop.number
+    finally:
+        run.metrics.close()
+    return progress
+
+
+def advance(run: Run, progress: Progress) -> None:
+    """Take one step, then do whatever is due after it: log, evaluate, save."""
+    step = progress.done
+    done = step + 1
+    every = run.train
+
+    # A precision schedule may change the recipe in mid-run, e.g. to finish in BF16.
+    run.follow_schedule(step)
+    collect = every.stats_interval > 0 and is_due(done, every.stats_interval, run.steps)
+    collector = run.precision.probe = Collector() if collect else None
+
+    with run.clock.step():
+        result = take_step(run, step)
+    progress.done, progress.train_loss = done, result.loss
+
+    run.metrics.screen.advance(done)
+    if is_due(done, every.log_interval, run.steps):
+        run.metrics.train(
+            done,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            spikes=run.guard.spikes,
+            **grid_rates(run.optimizer),
+        )
+    if collector is not None:
+        run.metrics.statistics(collector.rows(done))
+    if every.eval_batches > 0 and is_due(done, every.eval_interval, run.steps):
+        progress.valid_loss = validate(run, done)
+    if is_due(done, every.checkpoint_interval, run.steps):
+        state.save(run, progress)
+
+
+def validate(run: Run, done: int) -> float:
+    """Measure and record the validation loss after step ``done``."""
+    loss = evaluate(run.model, run.data.validation(), run.precision)
+    check_finite_loss(done, loss, run.model, run.data.validation(), "validation loss")
+    run.metrics.evaluation(done, loss)
+    return loss
+
+
+def take_step(run: Run, step: int) -> StepResult:
+    """Accumulate the gradient of one global batch and update the weights.
+
+    Args:
+        run: What is trained.
+        step: Index of the step, counted from 0; part of every random key.
+    """
+    lr = learning_rate(step, run.optim, run.steps)
+    batches = run.data.training(step)
+
+    loss = accumulate_gradients(run, step, batches)
+    check_finite_loss(step + 1, loss, run.model, batches)
+    norm, scale = clip_grad_norm(run.model.parameters(), run.optim.clip_grad)
+    check_finite_gradients(step + 1, norm, run.model, batches)
+
+    if run.guard.is_spike(step + 1, loss):
+        run.metrics.screen.say(f"step {step + 1}: loss {loss:.4g} is a spike, update skipped")
+    else:
+        run.optimizer.step(step, lr, grad_scale=scale)
+    run.optimizer.zero_grad()
+    return StepResult(loss, norm, lr)
+
+
+def accumulate_gradients(run: Run, step: int, batches: list[MicroBatch]) -> float:
+    """Run forward and backward on every micro-batch and return the mean loss.
+
+    Each micro-batch weighs in by its number of targets, so that the gradient is that of the mean
+    over the global batch however the batch is cut.
+    """
+    predicted = [int((targets != -1).sum()) for _, targets in batches]
+    total = torch.zeros((), dtype=torch.float32, device=run.device)
+    run.precision.step = step
+    first_token = 0
+    for (tokens, targets), count in zip(batches, predicted, strict=True):
+        # Random bits are keyed by the token's place in the global batch: cutting it into other
+        # micro-batches draws the same ones.
+        run.precision.first_token = first_token
+        loss = run.model(tokens, targets) * (count / sum(predicted))
+        loss.backward()
+        total += loss.detach()
+        first_token += tokens.numel()
+    return float(total)

@@ -1,0 +1,51 @@
+"""What quantization loses, per layer, GEMM and operand, on the steps that ask for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megafp4.numerics import QTensor, operand_statistics
+from megafp4.optim import Optimizer
+
+
+class Collector:
+    """A probe (see :class:`megafp4.precision.Probe`) that measures each operand once.
+
+    Later micro-batches of the step are not measured: they tell little that the first does not.
+    """
+
+    def __init__(self) -> None:
+        self._statistics: dict[tuple[str, str, str], dict[str, Any]] = {}
+
+    @torch.no_grad()
+    def __call__(self, layer: str, gemm: str, operand: str, x: torch.Tensor, q: QTensor) -> None:
+        """Measure one quantization; ``q`` holds the codes and scales of ``x``."""
+        key = (layer, gemm, operand)
+        if key not in self._statistics:
+            self._statistics[key] = {"format": q.format.name, **operand_statistics(x, q)}
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """One row per operand, in order of first use: step, layer, gemm, operand, statistics."""
+        return [
+            {"step": step, "layer": layer, "gemm": gemm, "operand": operand, **statistics}
+            for (layer, gemm, operand), statistics in self._statistics.items()
+        ]
+
+
+def grid_rates(optimizer: Optimizer) -> dict[str, float]:
+    """How weights on a grid (DQT) moved in the last step; empty if there are none.
+
+    Returns:
+        ``flip_rate``, the share of codes that changed, and ``saturation_rate``, the share that sits
+        at an end of the grid and cannot move further out; over all grid weights.
+    """
+    stored = optimizer.grid_statistics.values()
+    count = sum(one.numel for one in stored)
+    if not count:
+        return {}
+    return {
+        "flip_rate": sum(int(one.flips) for one in stored) / count,
+        "saturation_rate": sum(int(one.saturated) for one in stored) / count,
+    }
