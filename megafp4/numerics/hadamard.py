@@ -67,25 +67,30 @@ def hadamard(
             "choose a smaller block or pad the dimension"
         )
     axis %= x.dim()
-    chunks = x.reshape(-1, g, x.shape[axis + 1 :].numel())
+    signs = None if signs is None else signs.to(x.device)
+    chunks = x.detach().reshape(-1, g, x.shape[axis + 1 :].numel())
     out = torch.empty(chunks.shape, dtype=torch.float32, device=x.device)
     step = len(chunks) if x.is_cuda else max(1, _CHUNK // max(1, g * chunks.shape[2]))
     for start in range(0, len(chunks), max(1, step)):
         part = slice(start, start + step)
         # The butterfly runs over dim 0 of [g, rest], so that its vectors are long.
         work = chunks[part].float().movedim(1, 0)
-        if signs is not None:
-            work = work * signs.to(x.device)[:, None, None]
+        # Either way a copy: the butterfly overwrites what it is given.
+        work = work.clone() if signs is None else work * signs[:, None, None]
         out[part] = _butterfly(work.reshape(g, -1)).view(work.shape).movedim(0, 1)
     return out.view(x.shape)
 
 
 def _butterfly(work: torch.Tensor) -> torch.Tensor:
-    """H_g times [g, n], by log2(g) rounds of sums and differences of pairs."""
+    """H_g times [g, n], by log2(g) rounds of sums and differences of pairs; overwrites ``work``."""
     g, n = work.shape
+    spare = torch.empty_like(work)
     h = 1
     while h < g:
         low, high = work.view(g // (2 * h), 2, h, n).unbind(1)
-        work = torch.stack((low + high, low - high), dim=1).view(g, n)
+        sums, differences = spare.view(g // (2 * h), 2, h, n).unbind(1)
+        torch.add(low, high, out=sums)
+        torch.sub(low, high, out=differences)
+        work, spare = spare, work
         h *= 2
     return work

@@ -18,6 +18,8 @@ lowest byte of word 0 first; with 16 or 32 bits each, 8 or 4 elements.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -145,19 +147,45 @@ def dither(
     first = origin[1] // per_call
     calls = -(-(origin[1] + length) // per_call) - first
     line = (origin[0] + torch.arange(outer * inner, device=device)).view(outer, 1, inner)
+    group = (first + torch.arange(calls, device=device)).view(calls, 1)
+    out = torch.empty(outer, calls, per_call, inner, device=device)
+    for rows, cols in _cache_sized(outer, calls, inner, on_cpu=line.device.type == "cpu"):
+        words = philox4x32((group[cols], line[rows], key.step, key.stream), key.seed_words)
+        _split_words(torch.stack(words, dim=-1), bits, out[rows, cols])
     used = min(bits, 23)
-    out = torch.empty(outer, calls * per_call, inner, device=device)
-    split = out.view(outer, calls, 4, per_call // 4, inner)
-    lines_at_once = max(1, _CHUNK // max(1, calls * inner))
-    calls_at_once = max(1, _CHUNK // inner) if inner else 1
-    for i in range(0, outer, lines_at_once):
-        for c in range(0, calls, calls_at_once):
-            rows, cols = slice(i, i + lines_at_once), slice(c, min(c + calls_at_once, calls))
-            group = first + torch.arange(cols.start, cols.stop, device=device)[:, None]
-            words = philox4x32((group, line[rows], key.step, key.stream), key.seed_words)
-            for w, word in enumerate(words):
-                for j in range(per_call // 4):
-                    split[rows, cols, w, j] = word >> (j * bits + bits - used) & (1 << used) - 1
-    out.add_(0.5).mul_(2.0**-used)
+    out = out.view(outer, calls * per_call, inner).add_(0.5).mul_(2.0**-used)
     skip = origin[1] - first * per_call
     return out[:, skip : skip + length]
+
+
+def _cache_sized(
+    outer: int, calls: int, inner: int, *, on_cpu: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Pieces of the (outer, calls) plane that stay in cache on a CPU; all at once elsewhere."""
+    rows, cols = outer, calls
+    if on_cpu:
+        rows = _CHUNK // max(1, calls * inner)
+        cols = calls if rows else _CHUNK // inner
+    for r in range(0, outer, max(1, rows)):
+        for c in range(0, calls, max(1, cols)):
+            yield slice(r, r + max(1, rows)), slice(c, c + max(1, cols))
+
+
+def _split_words(words: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    """Cut Philox words into integers of ``bits`` bits (the upper 23 of 32), lowest first.
+
+    Args:
+        words: int64 [outer, calls, inner, 4] holding 32-bit values.
+        bits: 8, 16 or 32.
+        out: FP32 [outer, calls, 128 / bits, inner], written.
+    """
+    if bits == 8 and sys.byteorder == "little":
+        # The bytes lie in memory in the order wanted; half of each int64 is empty.
+        halves = words.view(torch.uint8).unflatten(-1, (4, 8))[..., :4]
+        out.copy_(halves.flatten(-2).movedim(-1, 2))
+        return
+    used, per_word = min(bits, 23), 32 // bits
+    parts = out.unflatten(2, (4, per_word))
+    for j in range(per_word):
+        part = words >> (j * bits + bits - used) & (1 << used) - 1
+        parts[:, :, :, j] = part.movedim(-1, 2)

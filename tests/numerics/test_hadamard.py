@@ -139,3 +139,12 @@ def test_a_block_that_does_not_divide_the_axis_is_refused(length: int) -> None:
 def test_a_block_that_is_no_power_of_two_is_refused(g: int) -> None:
     with pytest.raises(ConfigError, match="power of two"):
         numerics.hadamard(torch.zeros(2, 96), g)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (1, 64, 1), (2, 128)])
+def test_the_input_is_left_alone(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    x = torch.randn(shape, generator=generator)
+    axis = shape.index(max(shape))
+    before = x.clone()
+    numerics.hadamard(x, 64, axis)
+    assert torch.equal(x, before)
