@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import replace
 
 import pytest
@@ -133,3 +134,51 @@ def test_a_wider_range_is_a_field() -> None:
     linear = megafp4.Linear(64, 96, recipe=wide, segments=(32, 64))
     linear.to_grid()
     torch.testing.assert_close(linear.weight_scale, 3 * narrow_linear.weight_scale)
+
+
+def test_loading_by_assignment_reaches_the_grid(generator: torch.Generator) -> None:
+    """load_state_dict(assign=True) replaces the buffers: the grid must follow them."""
+    linear, other = on_grid(), on_grid()
+    x = torch.randn(8, 64, generator=generator)
+    state = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    assert other.load_state_dict(state, assign=True) == ([], [])
+    assert other.grid is not None
+    assert other.grid.codes is other.weight_codes is state["weight_codes"]
+    assert other.grid.scale is other.weight_scale
+    assert other.weight.grid is other.grid  # type: ignore[attr-defined]
+    assert torch.equal(other(x), linear(x))
+    other.grid.store(-other.grid.decode(), Key(1, 0, 0, "update", "b"))
+    assert not torch.equal(other(x), linear(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_dense_weight_cannot_take_the_place_of_the_grid(assign: bool) -> None:
+    linear = on_grid()
+    dense = {"weight": torch.ones(96, 64)}
+    missing, unexpected = linear.load_state_dict(dense, strict=False, assign=assign)
+    assert missing == ["bias", "weight_codes", "weight_scale"]
+    assert unexpected == ["weight"]
+    assert linear.weight.grid is linear.grid  # type: ignore[attr-defined]
+    assert [name for name, _ in linear.named_parameters()] == ["weight", "bias"]
+
+
+def test_pickles_keep_the_parameter_on_its_grid() -> None:
+    """A plain parameter would lose its grid when copied, and train a placeholder of NaN."""
+    linear = on_grid()
+    linear.weight.requires_grad_(False)
+    buffer = io.BytesIO()
+    torch.save(linear, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for twin in (loaded, copy.deepcopy(loaded)):
+        assert twin.weight.grid is twin.grid is twin.op.grid is not linear.grid
+        assert twin.weight_codes is twin.grid.codes
+        assert twin.weight.untyped_storage().nbytes() == 4
+        assert not twin.weight.requires_grad
+
+
+def test_a_frozen_weight_stays_frozen() -> None:
+    linear = megafp4.Linear(64, 96, recipe="dqt8")
+    linear.weight.requires_grad_(False)
+    linear.to_grid()
+    assert not linear.weight.requires_grad

@@ -46,9 +46,9 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
         ConfigError: A parameter that no rule covers.
     """
     if name.endswith("norm.weight"):
-        return torch.ones(*shape)
+        return torch.ones(*shape, device="cpu")
     if name.endswith(".bias"):
-        return torch.zeros(*shape)
+        return torch.zeros(*shape, device="cpu")
     if len(shape) != 2:
         raise ConfigError(
             f"parameter {name!r} of shape {tuple(shape)} has no initialisation rule: "
@@ -59,7 +59,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
         std /= math.sqrt(2 * config.layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     # The sign bit is dropped: manual_seed takes 63 bits on every platform.
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     # Drawn in FP64, whose code path, unlike FP32's, is the same on CPUs with and without AVX2.
-    drawn = torch.empty(*shape, dtype=torch.float64).normal_(0.0, std, generator=generator)
-    return drawn.float()
+    drawn = torch.empty(*shape, dtype=torch.float64, device="cpu")
+    return drawn.normal_(0.0, std, generator=generator).float()

@@ -46,8 +46,8 @@ class Minifloat:
         return int((values == self.max_value).nonzero()[0, 0])
 
     def magnitudes(self) -> torch.Tensor:
-        """Values of the codes without sign bit, FP32 [2^(exponent_bits + mantissa_bits)]."""
-        code = torch.arange(2 ** (self.exponent_bits + self.mantissa_bits))
+        """Values of the codes without sign bit on CPU, FP32 [2^(exponent_bits + mantissa_bits)]."""
+        code = torch.arange(2 ** (self.exponent_bits + self.mantissa_bits), device="cpu")
         exponent = code >> self.mantissa_bits
         fraction = code & ((1 << self.mantissa_bits) - 1)
         normal = exponent > 0
@@ -98,11 +98,14 @@ class Format:
 
     @cached_property
     def table(self) -> torch.Tensor:
-        """Value of every code without its scale, FP32 [2^bits]."""
+        """Value of every code without its scale, FP32 [2^bits], on the CPU.
+
+        Kept for ever, so it must not follow a default device that is in force only now.
+        """
         if isinstance(self.element, Minifloat):
             positive = self.element.magnitudes()
             return torch.cat([positive, -positive])
-        code = torch.arange(2**self.bits)
+        code = torch.arange(2**self.bits, device="cpu")
         signed = torch.where(code >= 2 ** (self.bits - 1), code - 2**self.bits, code)
         return signed.float()
 

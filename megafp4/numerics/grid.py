@@ -249,6 +249,16 @@ class GridParameter(nn.Parameter):
             memo[id(self)] = parameter.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the grid: a plain parameter would come back, which deepcopy then cuts off it."""
+        return _rebuild_parameter, (self.grid, self.requires_grad)
+
+
+def _rebuild_parameter(grid: GridWeight, requires_grad: bool) -> GridParameter:
+    parameter = grid.parameter()
+    parameter.requires_grad = requires_grad
+    return parameter
+
 
 def grid_format(bits: float) -> Format:
     """Format of a grid with that many bits per weight.
@@ -262,9 +272,9 @@ def grid_format(bits: float) -> Format:
 
 
 def _step(weight: Tensor, fmt: Format, range: float) -> Tensor:
-    """Distance of two grid points, FP32 [1, 1]: range * AbsMean / Qp, AbsMean at least 1e-5."""
-    statistic = amax(weight, fmt, 1, "tensor", "absmean")
-    return scales_from_amax(statistic * range, fmt)[0]
+    """Distance of two grid points, FP32 [1, 1]: range * AbsMean / Qp, the product at least 1e-5."""
+    mean = amax(weight, fmt, 1, "tensor", "absmean")
+    return scales_from_amax(mean * range, fmt, statistic="absmean")[0]
 
 
 def _end_codes(fmt: Format) -> tuple[int, int]:

@@ -26,7 +26,7 @@ class GridLinear(nn.Linear):
     def hold_grid(self, grid: GridWeight) -> None:
         """Make ``grid`` the only copy of the weight."""
         self.grid = grid
-        self.weight = grid.parameter()
+        self.weight = grid.parameter().requires_grad_(self.weight.requires_grad)
         self.register_buffer("weight_codes", grid.codes)
         self.register_buffer("weight_scale", grid.scale)
 
@@ -35,20 +35,17 @@ class GridLinear(nn.Linear):
         if self.grid is not None:
             del destination[prefix + "weight"]
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        *rest: Any,
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *rest
-        )
-        if self.grid is not None and prefix + "weight" in missing_keys:
-            missing_keys.remove(prefix + "weight")
+    def _load_from_state_dict(self, *args: Any) -> None:
+        weight = self.weight
+        if self.grid is not None:
+            # Neither looked for in the state dict nor written to.
+            self._parameters["weight"] = None
+        super()._load_from_state_dict(*args)
+        if self.grid is not None:
+            # With ``assign=True`` the buffers are other tensors than before, perhaps elsewhere.
+            self.grid.codes, self.grid.scale = self.weight_codes, self.weight_scale
+            weight.data = self.grid.parameter().data
+            self.weight = weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move to another device; a change of dtype leaves codes and FP32 steps as they are."""

@@ -43,8 +43,9 @@ _MIN_SCALE = 2.0**-126
 # Smallest FP32 scale of a tensor whose blocks multiply it by down to 2^-9, the least E4M3 number:
 # their product stays normal, so its reciprocal is finite and no device flushes it to zero.
 _MIN_TENSOR_SCALE = 2.0**-117
-# Below this, the integer formats of BitNet and DQT stop shrinking their scale.
-_MIN_INTEGER_RANGE = 1e-5
+# Least mean magnitude of a weight in BitNet's and DQT's code. An absmax has no such floor: the
+# gradients of a loss averaged over many tokens are smaller.
+_MIN_ABSMEAN = 1e-5
 
 
 def quantize(
@@ -87,7 +88,7 @@ def quantize(
     scaling = spec.check_scaling(scaling)
     axis = _check(x, spec, axis, scaling)
     stat = amax(x, spec, axis, scaling, statistic)
-    scales, tensor_scale = scales_from_amax(stat, spec)
+    scales, tensor_scale = scales_from_amax(stat, spec, statistic=statistic)
     return encode(
         x,
         spec,
@@ -150,7 +151,10 @@ def amax(
 
 
 def scales_from_amax(
-    stat: torch.Tensor, fmt: str | Format, tensor_amax: torch.Tensor | None = None
+    stat: torch.Tensor,
+    fmt: str | Format,
+    tensor_amax: torch.Tensor | None = None,
+    statistic: Statistic = "absmax",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales as the format stores them.
 
@@ -158,6 +162,7 @@ def scales_from_amax(
         stat: FP32 result of :func:`amax`, possibly reduced over ranks.
         fmt: Format or its name.
         tensor_amax: FP32 0-dim amax of the whole tensor, for nvfp4; None takes it from ``stat``.
+        statistic: What ``stat`` is. A mean magnitude counts as at least 1e-5, as in BitNet's code.
 
     Returns:
         (scales, tensor_scale): uint8 bytes (E8M0, E4M3) or FP32 of ``stat``'s shape; the FP32
@@ -170,10 +175,18 @@ def scales_from_amax(
         return torch.where(biased == 255, 255, byte).to(torch.uint8), None
     if spec.scale == "e4m3":
         return _nvfp4_scales(stat, spec, tensor_amax)
-    if isinstance(spec.element, Integer):
-        stat = stat.clamp(min=_MIN_INTEGER_RANGE)
-    scale = (stat / spec.max_value).clamp(min=_MIN_SCALE)
+    if statistic == "absmean":
+        stat = stat.clamp(min=_MIN_ABSMEAN)
+    scale = _divide(stat, spec.max_value).clamp(min=_MIN_SCALE)
     return torch.where(scale.isfinite(), scale, torch.nan), None
+
+
+def _divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Correctly rounded quotient on every device.
+
+    PyTorch's CUDA kernel multiplies by the rounded reciprocal of a divisor that is a number.
+    """
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
 
 
 def _nvfp4_scales(
@@ -185,9 +198,10 @@ def _nvfp4_scales(
     """
     if tensor_amax is None:
         tensor_amax = stat.amax() if stat.numel() else stat.new_zeros(())
-    tensor_scale = (tensor_amax / (E4M3.max_value * spec.max_value)).clamp(min=_MIN_TENSOR_SCALE)
+    tensor_scale = _divide(tensor_amax, E4M3.max_value * spec.max_value)
+    tensor_scale = tensor_scale.clamp(min=_MIN_TENSOR_SCALE)
     tensor_scale = torch.where(tensor_scale.isfinite(), tensor_scale, torch.nan)
-    ratio = stat / spec.max_value / tensor_scale
+    ratio = _divide(stat, spec.max_value) / tensor_scale
     finite = ratio.isfinite()
     codes = _encode_minifloat(torch.where(finite, ratio, 0.0), E4M3, "nearest-even", None)
     return torch.where(finite, codes, 0x7F).to(torch.uint8), tensor_scale

@@ -87,3 +87,11 @@ def test_known_values():
     expected = (0.02 * normal).view(shape).float()
     actual = initial_value(name, shape, small_config(), seed=7)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["final_norm.weight", "blocks.0.mlp.up.bias", "embedding.weight"])
+def test_a_default_device_does_not_matter(name):
+    expected = initial_value(name, (4, 3), small_config(), seed=5)
+    with torch.device("meta"):
+        value = initial_value(name, (4, 3), small_config(), seed=5)
+    assert torch.equal(value, expected)

@@ -135,10 +135,22 @@ def test_int8_per_token_is_bitnets_activation_quantizer(generator: torch.Generat
     torch.testing.assert_close(q.dequantize().double(), expected, rtol=1e-6, atol=0)
 
 
-def test_tiny_integer_ranges_stop_at_1e_5() -> None:
-    q = numerics.quantize(torch.full((1, 4), 1e-9), "int8")
-    assert q.scales.item() == pytest.approx(1e-5 / 127, rel=1e-6)
+def test_tiny_mean_magnitudes_stop_at_1e_5() -> None:
+    q = numerics.quantize(torch.full((1, 4), 1e-9), "ternary", statistic="absmean")
+    assert q.scales.item() == pytest.approx(1e-5, rel=1e-6)
     assert not q.codes.any()
+
+
+@pytest.mark.parametrize("name", [*FLOATS, *INTEGERS])
+@pytest.mark.parametrize("exponent", [-20, -40, -80])
+def test_small_tensors_keep_their_resolution(
+    name: str, exponent: int, generator: torch.Generator
+) -> None:
+    """Gradients of a loss averaged over 2^20 tokens are small, and as precise as any others."""
+    x = torch.randn(6, 48, generator=generator)
+    small, plain = (numerics.quantize(t, name) for t in (x * 2.0**exponent, x))
+    assert torch.equal(small.codes, plain.codes)
+    assert torch.equal(small.scales, plain.scales * 2.0**exponent)
 
 
 @pytest.mark.parametrize("name", [*FLOATS, *INTEGERS])

@@ -1,11 +1,14 @@
 """What holds for every format: shapes, axes, packing, odd input, and refusals in one sentence."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import megafp4
 from megafp4 import numerics
@@ -25,6 +28,18 @@ def test_the_public_names() -> None:
         assert fmt.name == name
         assert len(fmt.table) == 2**fmt.bits
         assert fmt.summary
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_do_not_follow_a_default_device(name: str) -> None:
+    """They are kept for the life of the process."""
+    known = numerics.get_format(name)
+    fresh = dataclasses.replace(known, element=dataclasses.replace(known.element))
+    with torch.device("meta"):
+        assert fresh.table.device.type == "cpu"
+        if isinstance(fresh.element, numerics.Minifloat):
+            assert fresh.element.max_code == known.element.max_code
+    torch.testing.assert_close(fresh.table, known.table, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -281,3 +296,26 @@ def test_bad_calls_are_refused_in_one_sentence(case: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+class DivisionsByNumbers(TorchDispatchMode):
+    """Counts them: on CUDA they are products with a rounded reciprocal, a bit off the CPU's."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.count += not isinstance(args[1], torch.Tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_are_correctly_rounded_quotients_on_every_device(name: str) -> None:
+    x = torch.linspace(-3, 5, 1024).view(8, 128)
+    with DivisionsByNumbers() as divisions:
+        numerics.quantize(x, name)
+        assert divisions.count == 0
+        assert (x / 3).any()
+    assert divisions.count == 1
