@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -28,13 +29,15 @@ def convert(
 
     Converted are ``nn.Linear`` and the transposed ``Conv1D`` of Hugging Face's GPT-2 (whose weight
     becomes [out, in], in the state dict too). Parameters are shared with the old modules, so tied
-    weights stay tied. A linear's stream id is its place among all linears in ``named_modules``
-    order, whatever is skipped. Recipes that exempt the first or last blocks leave the linears of
-    those blocks as they are; a block's index is the first number in a linear's dotted name.
+    weights stay tied; recipes with a grid refuse them. A linear's stream id is its place among all
+    linears in ``named_modules`` order, whatever is skipped. Recipes that exempt the first or last
+    blocks leave the linears of those blocks as they are; a block's index is the first number in a
+    linear's dotted name.
 
     Afterwards ``model.precision`` is the shared :class:`Precision`, whose ``step`` advances at
-    every forward call in training mode (set it by hand to accumulate micro-batches). Recipes with a
-    grid need :mod:`megafp4.optim`: other optimizers cannot write to their weights.
+    every forward call in training mode (set it by hand to accumulate micro-batches). Data-parallel
+    ranks must set its ``first_token`` apart, or all of them draw the same bits. Recipes with a grid
+    need :mod:`megafp4.optim`: other optimizers cannot write to their weights.
 
     Args:
         model: Any module that holds linears.
@@ -50,8 +53,9 @@ def convert(
 
     Raises:
         ConfigError: A skip name matches no linear; a width is not divisible by the recipe's blocks;
-            nothing is left to convert; the model was converted before.
-        UnsupportedError: A linear is of a subclass whose forward is unknown here.
+            nothing is left to convert; the model was converted before; a weight that would move
+            to a grid is tied to another module's.
+        UnsupportedError: A linear is of a subclass whose forward is unknown here, or has hooks.
     """
     found = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if "" in found:
@@ -66,6 +70,8 @@ def convert(
         )
     for name, module in chosen.items():
         _check_class(name, module)
+    if recipe.grid is not None:
+        _check_untied(model, chosen, recipe)
 
     precision = Precision(seed=seed)
     backend = resolve_backend(backend)
@@ -77,7 +83,8 @@ def convert(
         for name, module in chosen.items()
     }
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
+        # Not named_children(), which leaves out a module's second name in the same parent.
+        for child_name, child in list(parent._modules.items()):
             if id(child) in new:
                 setattr(parent, child_name, new[id(child)])
     model.precision = precision  # type: ignore[assignment]  # not a submodule
@@ -108,6 +115,25 @@ def _check_class(name: str, module: nn.Module) -> None:
             f"{name!r} is a {type(module).__name__}, whose forward may differ from nn.Linear's: "
             "skip it, or replace it by an nn.Linear before converting"
         )
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, table) for table in hooks) or "forward" in vars(module):
+        raise UnsupportedError(
+            f"{name!r} has hooks or a forward of its own (weight norm, device placement), which "
+            "its replacement would lose: convert first and add them afterwards, or skip it"
+        )
+
+
+def _check_untied(model: nn.Module, linears: dict[str, nn.Module], recipe: Recipe) -> None:
+    """Refuse weights that two modules share: on a grid each would have a copy of its own."""
+    owners = Counter(
+        id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
+    )
+    for name, module in linears.items():
+        if owners[id(module.weight)] > 1:
+            raise ConfigError(
+                f"the weight of {name!r} is tied to another module's, which recipe "
+                f"{recipe.name!r} cannot keep on its grid: skip it, or untie the weight"
+            )
 
 
 def _skipped(

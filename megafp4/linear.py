@@ -94,6 +94,10 @@ class LinearOp:
             dw *= dge_slope(self._dense(weight), self._weight("fprop", weight, at), dge)
         return dw.to(weight.dtype)
 
+    def forget_weights(self) -> None:
+        """Quantize the weight anew when it is next multiplied."""
+        self._cache.clear()
+
     def _cast(self, gemm: Gemm, side: Side, x: Tensor, at: Position) -> Operand:
         """Apply the recipe to one operand, at its place in the global batch."""
         key = Key(self.precision.seed, at.step, self.layer, gemm, side)
@@ -146,8 +150,12 @@ class _ThreeGemms(torch.autograd.Function):
         return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"a derivative of the gradient of {ctx.op.name!r} was asked for (create_graph): "
+                "quantized linears have first derivatives only"
+            )
         used, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, weight.shape[0])
@@ -164,7 +172,8 @@ class Linear(GridLinear):
         in_features, out_features, bias, device, dtype: As in ``nn.Linear``.
         recipe: Name or :class:`Recipe`.
         backend: Name or :class:`Backend`.
-        precision: Shared by the linears of a model; None makes one of its own.
+        precision: Shared by the linears of a model; None makes one of its own. Advance its ``step``
+            before each step of training: at one step, one token draws the same bits again.
         layer: Stream id; layers with different ids draw different random bits.
         name: Name in errors, ledger and statistics.
         segments: Row counts of the matrices fused in the weight (q, k, v; gate, up): the scale that
@@ -227,6 +236,9 @@ class Linear(GridLinear):
             raise UnsupportedError(f"{self.op.name!r} got a {x.dtype} input: give FP32 or BF16")
         if torch.is_grad_enabled() and self.weight.requires_grad:
             self.recipe.check_length("wgrad", x.shape[:-1].numel(), self.op.name)
+        if not torch.is_grad_enabled():
+            # Without a training step in between, a write through `.data` would go unnoticed.
+            self.op.forget_weights()
         return _ThreeGemms.apply(x, self.weight, self.bias, self.op)
 
     def to_grid(self) -> None:

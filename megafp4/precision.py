@@ -45,7 +45,8 @@ class WeightCache:
     """Operands made from one weight, kept until the step or the weight changes.
 
     All micro-batches of a step multiply the same quantized weight. Operands that are plain casts
-    are not kept: casting again costs less than the memory.
+    are not kept: casting again costs less than the memory. A change is seen as autograd sees it, by
+    the version of the tensor; writes through ``.data`` show at the next step.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,10 @@ class WeightCache:
             # As long as `weight` is alive, no other tensor can come to lie at its address.
             self._kept[name] = state, operand, weight
         return operand
+
+    def clear(self) -> None:
+        """Drop what is kept."""
+        self._kept.clear()
 
     def __getstate__(self) -> dict[str, object]:
         """Stay out of copies and pickles."""

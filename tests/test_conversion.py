@@ -201,6 +201,41 @@ def test_grid_recipes_move_the_weights() -> None:
     assert model[0].weight.grad.shape == (64, 64)
 
 
+def test_tied_weights_have_no_place_on_a_grid() -> None:
+    """Each module would round a copy of its own: refused, not untied behind the user's back."""
+    model = mlp()
+    model.append(nn.Linear(64, 64))
+    model[4].weight = model[0].weight
+    with pytest.raises(ConfigError, match=r"weight of '0' is tied .*'dqt8' .*: skip it, or untie"):
+        megafp4.convert(model, "dqt8")
+    assert converted_names(model) == []
+    megafp4.convert(model, "bitnet")
+    assert model[4].weight is model[0].weight
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "dqt8"])
+def test_a_module_used_twice_in_one_parent_is_replaced_in_both_places(recipe: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    model.append(model[0])
+    megafp4.convert(model, recipe)
+    assert isinstance(model[0], megafp4.Linear)
+    assert model[2] is model[0]
+
+
+def test_linears_with_hooks_are_refused() -> None:
+    hooked, normed = mlp(), mlp()
+    hooked[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    normed[2].register_forward_pre_hook(lambda module, inputs: None)
+    for model in (hooked, normed):
+        with pytest.raises(UnsupportedError, match=r"'2' has hooks .*: convert first"):
+            megafp4.convert(model, "bf16")
+    placed = mlp()
+    placed[3].forward = placed[3].forward
+    with pytest.raises(UnsupportedError, match="'3' has hooks or a forward of its own"):
+        megafp4.convert(placed, "bf16")
+    assert converted_names(megafp4.convert(placed, "bf16", skip="3")) == ["0", "2"]
+
+
 def test_copies_and_pickles_work() -> None:
     model = megafp4.convert(mlp(), "fp4").eval()
     x = torch.randn(4, 64)

@@ -147,6 +147,14 @@ def test_only_needed_gradients_are_computed(case: Case) -> None:
     assert list(linear.op.precision.ledger.by_gemm()) == ["fprop", "wgrad"]
 
 
+def test_second_derivatives_are_refused(case: Case) -> None:
+    """Autograd would take the gradient for a constant and leave the second-order term out."""
+    x = case.x.clone().requires_grad_()
+    y = make("mxfp4", case)(x)
+    with pytest.raises(UnsupportedError, match=r"gradient of 'lin' was asked for \(create_graph\)"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 def test_gemms_can_be_called_one_by_one(case: Case) -> None:
     """What a zero-bubble pipeline does: dgrad now, wgrad later, when the run has moved on."""
     whole = make("mxfp4-fp8", case)

@@ -211,6 +211,23 @@ def test_weight_is_quantized_once_per_step(generator: torch.Generator) -> None:
     assert count.count(("dgrad", "b")) == 4
 
 
+@pytest.mark.parametrize("recipe", ["fp4", "nvfp4", "bitnet", "int8"])
+def test_evaluation_sees_weights_written_through_data(
+    recipe: str, generator: torch.Generator
+) -> None:
+    """As averaged weights usually are: such a write moves no version counter."""
+    old, new = torch.randn(2, 64, 64, generator=generator)
+    x = torch.randn(4, 64, generator=generator)
+    linear, _ = watched(recipe)
+    with torch.no_grad():
+        linear.weight.copy_(new)
+        expected = linear(x)
+        linear.weight.copy_(old)
+        assert not torch.equal(linear(x), expected)
+        linear.weight.data.copy_(new)
+        assert torch.equal(linear(x), expected)
+
+
 def test_a_weight_that_comes_and_goes_is_not_confused(generator: torch.Generator) -> None:
     """Temporary weights may lie at the same address one after the other."""
     linear, _ = watched("int8")
