@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -148,11 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except MegaFP4Error as error:
-        sentence = " ".join(str(error).split())
-        Console(stderr=True, highlight=False).print(
-            f"error: {sentence}", style="red", markup=False, soft_wrap=True
-        )
-        return USER_ERROR
+        return _refuse(" ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _refuse("memory ran out: lower train.micro_batch or model.seq_len, or the model")
+    except KeyboardInterrupt:  # outside the training loop, which ends between two steps
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except SystemExit as stop:  # tyro printed help, or an error of its own
         return stop.code if isinstance(stop.code, int) else 0
 
@@ -187,10 +191,13 @@ def compare(arguments: list[str]) -> int:
         raise ConfigError(
             f"compare was given --recipe {config.recipe}: list what to compare with --recipes"
         )
-    from megafp4.train.build import check, token_files
-    from megafp4.train.compare import run_compare
+    import torch
+
+    from megafp4.train.build import check, open_batches, token_files
+    from megafp4.train.compare import check_comparison, run_compare
 
     recipes = [name.strip() for name in given.recipes.split(",") if name.strip()]
+    check_comparison(config, recipes, given.jobs, Path(config.out))
     for name in recipes:
         check(dataclasses.replace(config, recipe=name))
     if not config.data.train:
@@ -198,6 +205,8 @@ def compare(arguments: list[str]) -> int:
         shared = config.data.cache or str(Path(config.out, "data"))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=shared))
         token_files(config)
+    # Unusable data ends the comparison here, once, and the runs find the order of samples built.
+    open_batches(config, torch.device("cpu"))
     return run_compare(config, recipes, out=config.out, jobs=given.jobs)
 
 
@@ -259,6 +268,9 @@ def presets(arguments: list[str]) -> int:
 def data(arguments: list[str]) -> int:
     """Make token files: ``data corpus`` from this Python, ``data preprocess`` from your text."""
     names = ("corpus", "preprocess")
+    if arguments[:1] in (["-h"], ["--help"]):
+        print("usage: megafp4 data {corpus,preprocess} ...   (each lists its options with --help)")
+        return 0
     if not arguments or arguments[0] not in names:
         raise unknown_name("data command", " ".join(arguments[:1]), names)
     if arguments[0] == "corpus":
@@ -292,6 +304,17 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "presets": presets,
     "data": data,
 }
+
+
+def _refuse(sentence: str) -> int:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"error: {sentence}", style="red", markup=False)
+    return USER_ERROR
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "out of memory")  # torch has no type for a CPU's
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -7,10 +7,30 @@ the object is built, so that a bad run fails before any work is lost.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megafp4.errors import ConfigError
+
+
+def _require(
+    part: str, config: Any, allowed: str, is_allowed: Callable[[float], bool], *names: str
+) -> None:
+    """Check numbers of a part one by one; None means a default and passes, NaN never does."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and is_allowed(value)):
+            raise ConfigError(f"{part}.{name} is {value}: give {allowed}")
+
+
+def _is_positive(value: float) -> bool:
+    return value > 0
+
+
+def _is_not_negative(value: float) -> bool:
+    return value >= 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +71,10 @@ class ModelConfig:
     """Standard deviation of normal initialisation; residual outputs get std / sqrt(2 layers)."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "heads", "vocab_size", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}: give a positive integer")
+        sizes = ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab_size", "seq_len")
+        _require("model", self, "a positive integer", _is_positive, *sizes)
+        _require("model", self, "a positive number", _is_positive, "norm_eps", "rope_theta")
+        _require("model", self, "zero or a positive number", _is_not_negative, "init_std")
         if self.hidden % self.heads:
             raise ConfigError(
                 f"model.hidden {self.hidden} is not divisible by model.heads {self.heads}: "
@@ -146,15 +167,16 @@ class OptimConfig:
     """Share of the steps spent decaying under ``wsd``."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or self.min_lr < 0 or self.min_lr > self.lr:
+        if not 0 <= self.min_lr <= self.lr < math.inf or self.lr == 0:
             raise ConfigError(
                 f"optim.lr {self.lr} and optim.min_lr {self.min_lr}: "
                 "give 0 <= min_lr <= lr with lr positive"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas is {self.betas}: each must lie in [0, 1)")
-        if self.clip_grad < 0 or self.weight_decay < 0 or self.warmup_steps < 0:
-            raise ConfigError("optim.clip_grad, weight_decay and warmup_steps must not be negative")
+        _require("optim", self, "a positive number", _is_positive, "eps")
+        names = ("clip_grad", "weight_decay", "warmup_steps")
+        _require("optim", self, "zero or a positive number", _is_not_negative, *names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +194,9 @@ class TrainConfig:
     eval_interval: int = 100
     """Steps between evaluations; 0 evaluates only at the end."""
     eval_batches: int = 10
-    """Micro-batches per evaluation."""
+    """Micro-batches per evaluation; 0 never evaluates."""
     log_interval: int = 10
-    """Steps between metric lines."""
+    """Steps between metric lines; 0 writes only the last step's."""
     stats_interval: int = 0
     """Steps between quantization-statistics lines; 0 switches them off."""
     checkpoint_interval: int = 0
@@ -187,9 +209,13 @@ class TrainConfig:
     """Consecutive spikes that end the run."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}: give a positive integer")
+        counts = ("steps", "global_batch", "micro_batch", "keep_checkpoints", "max_spikes")
+        _require("train", self, "a positive integer", _is_positive, *counts)
+        intervals = [f"{name}_interval" for name in ("eval", "log", "stats", "checkpoint")]
+        _require("train", self, "zero or more", _is_not_negative, "eval_batches", *intervals)
+        _require("train", self, "zero or a positive number", _is_not_negative, "spike_factor")
+        if not 0 <= self.seed < 2**32:  # what NumPy's shuffling takes
+            raise ConfigError(f"train.seed is {self.seed}: give an integer from 0 to 2^32 - 1")
         if self.global_batch % self.micro_batch:
             raise ConfigError(
                 f"train.global_batch {self.global_batch} is not divisible by train.micro_batch "
@@ -224,3 +250,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ConfigError("out is empty: name a run folder")

@@ -128,6 +128,11 @@ def test_precedence_is_preset_then_file_then_option(
         (["recipes", "mxpf4"], "did you mean 'mxfp4'?"),
         (["presets", "gtp-tiny"], "did you mean 'gpt-tiny'?"),
         (["report", "nowhere"], "nowhere"),
+        (["compare", "gpt-tiny", "--jobs", "0"], "jobs is 0"),
+        (["compare", "gpt-tiny", "--recipes", "bf16,bf16"], "bf16 are given twice"),
+        (["compare", "gpt-tiny", "--data.train", "nowhere"], "cannot read nowhere.idx"),
+        (["train", "gpt-tiny", "--train.eval-interval", "-1"], "train.eval_interval is -1"),
+        (["train", "gpt-tiny", "--out", ""], "out is empty"),
         (["data"], "choose one of corpus, preprocess"),
         (["data", "preprocess", "--input", "gone.txt", "--output", "x"], "gone.txt"),
     ],
@@ -171,6 +176,52 @@ def test_divergence_is_one_line(
     monkeypatch.setattr(loop, "accumulate_gradients", lambda *_: float("nan"))
     assert main(["train", "--config", str(file), "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("error: the loss at step 1 is nan")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."), 2, "error: memory ran"),
+        (MemoryError(), 2, "error: memory ran out: lower train.micro_batch"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_memory_and_ctrl_c_are_one_line(
+    file: Path,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    line: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("megafp4.train.build.build", fail)
+    assert main(["train", "--config", str(file)]) == code
+    found = capsys.readouterr().err.splitlines()
+    assert len(found) == 1
+    assert found[0].startswith(line)
+
+
+def test_other_runtime_errors_are_bugs_and_keep_their_traceback(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("megafp4.train.build.build", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["train", "--config", str(file)])
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_summary_is_named(file: Path, capsys: Captured, content: str) -> None:
+    assert main(["train", "--config", str(file), "--quiet"]) == 0
+    path = file.parent / "out" / "summary.json"
+    path.write_text(content)
+    for argv in (["train", "--config", str(file)], ["report", str(path.parent)]):
+        assert str(path) in errors_of(argv, capsys)
 
 
 def test_a_signal_says_how_to_continue(
@@ -237,6 +288,8 @@ def test_help_and_version(capsys: Captured) -> None:
     assert "megafp4 COMMAND" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("megafp4 0.")
+    assert main(["data", "--help"]) == 0
+    assert "megafp4 data {corpus,preprocess}" in capsys.readouterr().out
     assert main(["train", "gpt-tiny", "--help"]) == 0
     text = capsys.readouterr().out
     assert "Sequences per optimizer step" in text
@@ -289,11 +342,16 @@ def test_compare_makes_the_data_once_and_passes_everything_on(
 
     monkeypatch.setattr("megafp4.data.corpus.prepare", prepare)
     monkeypatch.setattr("megafp4.train.compare.run_compare", run_compare)
+    opened: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        "megafp4.train.build.open_batches", lambda config, _: opened.append(config.data.train)
+    )
     out = str(tmp_path / "out")
     argv = ["compare", "gpt-tiny", "--recipes", "bf16, fp4", "--jobs", "3", "--train.seed", "8"]
     assert main([*argv, "--out", out]) == 1
     assert main([*argv, "--out", out, "--data.train", "mine"]) == 1
     assert made == [f"{out}/data"]
+    assert opened == [(), ("mine",)]
     preset = get_preset("gpt-tiny").data
     expected = (8, ["bf16", "fp4"], {"out": out, "jobs": 3})
     assert calls == [

@@ -94,13 +94,15 @@ def test_each_recipe_gets_a_run_and_all_of_them_a_report(tmp_path: Path) -> None
     assert re.search(r"mxfp4 +2\.5000 +\+0\.00 %", text)
 
 
-def test_finished_runs_are_not_repeated_unless_the_configuration_differs(tmp_path: Path) -> None:
+def test_finished_runs_are_not_repeated_and_other_configurations_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     go(out, "bf16")
     assert go(out, "bf16", "mxfp4")[0] == 0
     assert (starts(out / "bf16"), starts(out / "mxfp4")) == (1, 1)
-    go(out, "bf16", config=RunConfig(name="tiny", train=TrainConfig(steps=200)))
-    assert starts(out / "bf16") == 2
+    with pytest.raises(ConfigError, match=r"another configuration \(train.steps 100 -> 200\)"):
+        go(out, "bf16", "dqt4", config=RunConfig(name="tiny", train=TrainConfig(steps=200)))
+    assert starts(out / "bf16") == 1
+    assert not (out / "dqt4").exists()
 
 
 def test_a_failing_recipe_says_why_and_the_others_go_on(tmp_path: Path) -> None:
@@ -219,6 +221,12 @@ def test_a_run_folder_cannot_receive_a_comparison(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="the folder of a single run"):
         go(tmp_path, "bf16")
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file cannot be written .*: choose another --out"):
+        go(tmp_path / "file", "bf16")
 
 
 def test_missing_matplotlib_is_found_before_training(

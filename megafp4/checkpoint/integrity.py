@@ -35,6 +35,17 @@ def refuse_pickle(path: Path) -> None:
     )
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Raise if a file in a folder, which may be missing, is a pickle.
+
+    Raises:
+        CheckpointError: A file is, or may be, a pickle.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_file():
+            refuse_pickle(path)
+
+
 def _starts_like_pickle(path: Path) -> bool:
     """Whether the first bytes are those of a zip archive (torch.save) or of a binary pickle."""
     with path.open("rb") as file:
@@ -72,9 +83,7 @@ def verify(folder: Path) -> frozenset[str]:
     Raises:
         CheckpointError: A file is a pickle, missing or damaged; the message names it.
     """
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            refuse_pickle(path)
+    refuse_pickles(folder)
     expected = read_json(folder / CHECKSUMS)
     if not isinstance(expected, dict):
         raise CheckpointError(f"{folder / CHECKSUMS} holds no table: load another checkpoint")

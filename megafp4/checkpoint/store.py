@@ -17,7 +17,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from megafp4.checkpoint import layout
-from megafp4.checkpoint.integrity import checksums, read_json, refuse_pickle, verify
+from megafp4.checkpoint.integrity import (
+    checksums,
+    read_json,
+    refuse_pickle,
+    refuse_pickles,
+    verify,
+)
 from megafp4.checkpoint.tensors import read_tensors, write_tensors
 from megafp4.errors import CheckpointError, ConfigError
 
@@ -182,14 +188,11 @@ def _latest(folder: Path, steps: list[int]) -> int:
 
 def _nothing_there(folder: Path) -> CheckpointError:
     """Say why a folder has no checkpoint; a folder of pickles is told apart."""
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                refuse_pickle(path)
-        if (folder / layout.STATE).is_file():
-            return CheckpointError(
-                f"{folder} is a single checkpoint: give the folder that holds it, and its step"
-            )
+    refuse_pickles(folder)
+    if (folder / layout.STATE).is_file():
+        return CheckpointError(
+            f"{folder} is a single checkpoint: give the folder that holds it, and its step"
+        )
     return CheckpointError(
         f"{folder} holds no checkpoint (no step_... folder): check the path or start a new run"
     )

@@ -61,7 +61,7 @@ class Batch:
                 yield f"{self.source} document {number}", item or ""
             else:
                 raise DataError(
-                    f"{self.source} document {number} has a {type(item).__name__} under {key!r}: "
+                    f"{self.source} document {number} holds {type(item).__name__} under {key!r}: "
                     "name a field that holds text"
                 )
 
@@ -82,7 +82,7 @@ def _text_of_line(line: bytes, key: str, place: str) -> str:
     text = value[key]
     if text is not None and not isinstance(text, str):
         raise DataError(
-            f"{place} has a {type(text).__name__} under {key!r}: name a field that holds text"
+            f"{place} holds {type(text).__name__} under {key!r}: name a field that holds text"
         )
     return text or ""
 

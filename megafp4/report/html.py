@@ -55,15 +55,25 @@ TEMPLATE = """<!doctype html>
 {% endfor %}</tr>
 {% endfor %}
 </table></div>
-<p class="note">Loss: mean validation loss in nats per token. To BF16: its distance from BF16's.
-Bytes/param: weights + optimizer state, gradients not counted. GEMMs run: what each GEMM of the
-quantized linears ran in, and how often (precision ledger); a x b names the formats of the two
-operands where they differ.</p>
+<p class="note">Loss: mean validation loss in nats per token. To BF16: its distance from BF16's;
+each run has one seed, and a gap below the spread between seeds says nothing. Bytes/param: weights +
+optimizer state, gradients not counted. GEMMs run: what each GEMM of the quantized linears ran in,
+and how often (precision ledger); a x b names the formats of the two operands where they differ.
+Tokens/s: the speed of the machine that ran this, which may have decoded to FP32 or BF16 and shared
+its cores among runs; it says nothing about 4-bit hardware.</p>
 
 {% for title, image in images %}
 <h2>{{ title }}</h2>
 <img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}
+
+{% if has_statistics %}
+<p class="note">Statistics of the last step that recorded them. A linear computes y = x W^T; dY is
+the gradient of y; dgrad gives the gradient of x, wgrad that of W. Signal to noise: power of the
+operand over power of its quantization error. Clipped: beyond the largest code. Underflow: not zero,
+but quantized to zero. Scale span: largest over smallest block scale within a line, in powers of
+two, 0 where a line has a single scale; up to 14, folding MXFP4 into FP8 is exact.</p>
+{% endif %}
 
 <h2>Configuration</h2>
 {% if common %}
@@ -118,6 +128,7 @@ def render_html(
         images=[
             (name, base64.b64encode(path.read_bytes()).decode()) for name, path in plots.items()
         ],
+        has_statistics=any(run.stats for run in runs),
         common=common,
         own=own,
         ledgers=[(run.label, lines) for run in runs if (lines := ledger_lines(run))],

@@ -89,6 +89,21 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+        DataError: The file is not JSON, or holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{path} holds a JSON {type(value).__name__}, not an object: remove it or run again in "
+            "another folder"
+        )
+    return value
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line; a last line without line end is not there yet.
 
@@ -124,10 +139,11 @@ def load_run(folder: Path | str) -> Run:
             "give the folder that megafp4 train or megafp4 compare wrote"
         )
     metrics = _rows(folder / "metrics.jsonl")
+    summary = folder / "summary.json"
     return Run(
         folder=folder,
-        config=read_json(folder / "config.json"),
-        summary=_optional(folder / "summary.json") or {},
+        config=read_object(folder / "config.json"),
+        summary=read_object(summary) if summary.is_file() else {},
         train=_by_step(metrics, "train"),
         evals=_by_step(metrics, "eval"),
         stats=_rows(folder / "stats.jsonl"),

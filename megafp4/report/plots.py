@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 BASELINE_COLOUR = "#333333"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vPX"
+BASELINE_MARKER = "o"
+MARKERS = "sD^vPX*"
 STYLE = {
     "figure.dpi": 150,
     "font.size": 9.5,
@@ -71,7 +72,9 @@ def write_plots(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
 
 def run_styles(runs: Sequence[Run]) -> Style:
     """Give each run, by the name of its folder, a colour and a marker."""
-    styles = {run.folder.name: (BASELINE_COLOUR, "o") for run in runs if run.is_baseline}
+    styles = {
+        run.folder.name: (BASELINE_COLOUR, BASELINE_MARKER) for run in runs if run.is_baseline
+    }
     others = [run.folder.name for run in runs if not run.is_baseline]
     for index, name in enumerate(others):
         # Six colours and seven shapes share no factor: 42 runs look different.
@@ -80,7 +83,7 @@ def run_styles(runs: Sequence[Run]) -> Style:
 
 
 def loss_figure(runs: Sequence[Run], styles: Style) -> Figure:
-    """Draw training loss (light) and validation loss (marked): whole run, then its last half."""
+    """Draw the whole run, and the validation loss of its last half large enough to compare."""
     figure = _figure(10, 4.2)
     whole, late = figure.subplots(1, 2, width_ratios=(1, 1.25))
     end = max(run.last_step for run in runs)
@@ -89,7 +92,9 @@ def loss_figure(runs: Sequence[Run], styles: Style) -> Figure:
         for run in _by_loss(runs):
             colour, marker = styles[run.folder.name]
             steps, losses = _series(run.train, start)
-            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.9)
+            # Batches differ more than recipes: enlarged, the training loss would only hide them.
+            if not start or not run.evals:
+                axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.9)
             eval_steps, eval_losses = _series(run.evals, start)
             label = f"{run.label}  {run.valid_loss:.3f}"
             axes.plot(
@@ -101,7 +106,7 @@ def loss_figure(runs: Sequence[Run], styles: Style) -> Figure:
             _limit(axes, seen)
     whole.set_ylabel("Loss (nats per token)")
     whole.set_title("Validation (marked) and training (light)")
-    late.set_title("Second half")
+    late.set_title("Second half, validation")
     late.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="Validation loss")
     return figure
 
@@ -157,6 +162,8 @@ PANELS = (
     ("underflow_rate", "Underflow to zero (%)", "Oranges", "{:.1f}", 100),
     ("octave_span", "Scale span (octaves)", "Blues", "{:.0f}", 1),
 )
+LEAST_RANGE = {"snr_db": 6.0, "clip_rate": 1.0, "underflow_rate": 30.0, "octave_span": 14.0}
+"""Differences below this are of no interest and must not fill the colour scale."""
 MAX_WRITTEN_LAYERS = 40
 """Up to here a cell has room for its number."""
 
@@ -179,8 +186,7 @@ def statistics_figure(run: Run) -> Figure:
             for layer in layers
         ]
         image = axes.imshow(values, aspect="auto", cmap=colours, interpolation="nearest")
-        if colours == "Oranges":
-            image.set_clim(vmin=0)
+        _set_colours(image, values, from_zero=colours == "Oranges", least=LEAST_RANGE[key])
         axes.set_title(title)
         axes.set_xticks(range(len(operands)), operands, rotation=45, ha="right")
         axes.grid(visible=False)
@@ -204,6 +210,9 @@ def statistics_grid(
     step = max(row["step"] for row in run.stats)
     rows = [row for row in run.stats if row["step"] == step]
     layers = list(dict.fromkeys(row["layer"] for row in rows))
+    # Rows are in order of use: if only gradients are quantized, backward walks the layers.
+    if all(row["gemm"] != "fprop" for row in rows):
+        layers.reverse()
     gemms = {"fprop": 0, "dgrad": 1, "wgrad": 2}
     order = sorted({(gemms.get(row["gemm"], 3), row["gemm"], row["operand"]) for row in rows})
     cells = {(row["layer"], _operand(row["gemm"], row["operand"])): row for row in rows}
@@ -212,6 +221,13 @@ def statistics_grid(
 
 def _operand(gemm: str, operand: str) -> str:
     return f"{gemm} {OPERAND_NAMES.get((gemm, operand), operand)}"
+
+
+def _set_colours(image: Any, values: list[list[float]], *, from_zero: bool, least: float) -> None:
+    finite = [value for line in values for value in line if math.isfinite(value)] or [0.0]
+    low, high = 0.0 if from_zero else min(finite), max(finite)
+    missing = max(0.0, least - (high - low))
+    image.set_clim(low - (0 if from_zero else missing / 2), high + missing / (1 + (not from_zero)))
 
 
 def _write_cells(axes: Axes, image: Any, values: list[list[float]], text: str) -> None:

@@ -6,7 +6,6 @@ data, a run folder that belongs to something else) comes to light here, before t
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from megafp4.models.factory import set_recipe
 from megafp4.optim import Optimizer, build_optimizer, learning_rate
 from megafp4.precision import Precision
 from megafp4.recipes import PrecisionSchedule, Recipe
+from megafp4.report.load import read_object
 from megafp4.train.batches import Batches
 from megafp4.train.guard import LossGuard
 from megafp4.train.metrics import Clock, Metrics, Screen, Workload, peak_flops
@@ -100,7 +100,7 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
     schedule = check(config)
     check_folder(config)
     device = torch.device(config.device)
-    data = Batches(token_files(config), config.model, config.train, device)
+    data = open_batches(config, device)
     precision = Precision(seed=config.train.seed)
     model = make_model(config, schedule, precision).to(device)
     clock = Clock()
@@ -175,6 +175,16 @@ def check(config: RunConfig) -> PrecisionSchedule:
     return schedule
 
 
+def open_batches(config: RunConfig, device: torch.device) -> Batches:
+    """Open the token files of a run, and build or find its order of samples.
+
+    Raises:
+        ConfigError: Unknown tokenizer.
+        DataError: The files are missing, damaged, too small, or do not fit tokenizer and model.
+    """
+    return Batches(token_files(config), config.model, config.train, device)
+
+
 def token_files(config: RunConfig) -> DataConfig:
     """Say what is read: the configured files or, where none are named, the text of this Python.
 
@@ -227,13 +237,11 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: The folder holds another run.
+        DataError: The summary is damaged.
     """
     check_folder(config)
     path = Path(config.out) / SUMMARY
-    if not path.exists():
-        return None
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+    return read_object(path) if path.exists() else None
 
 
 def _check_device(name: str) -> None:

@@ -25,8 +25,9 @@ from megafp4 import report, settings
 from megafp4.config import RunConfig
 from megafp4.errors import ConfigError
 from megafp4.recipes import get_recipe
-from megafp4.train.build import MAY_CHANGE
+from megafp4.train.build import check_folder
 from megafp4.train.compare_display import open_display
+from megafp4.train.summary import SUMMARY
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,11 +81,8 @@ class Job:
         self._first: tuple[int, float] | None = None
 
     def is_finished(self) -> bool:
-        """Whether the run folder holds the result of exactly this configuration."""
-        if not (self.folder / "summary.json").is_file():
-            return False
-        saved = settings.read_config(self.folder / "config.json")
-        return not settings.differences(saved, self.config, ignored=MAY_CHANGE)
+        """Whether the run folder holds the result."""
+        return (self.folder / SUMMARY).is_file()
 
     def start(self, environment: dict[str, str]) -> None:
         """Start, or continue, the run; it reads its configuration from beside its log."""
@@ -176,15 +174,15 @@ def run_compare(
         The process exit code: 0, 1 if a recipe failed, or 130 if the user interrupted.
 
     Raises:
-        ConfigError: Unknown, repeated or no recipes, a precision schedule, no jobs, or ``out`` is
-            a run folder itself.
+        ConfigError: What :func:`check_comparison` finds, ``out`` holds runs of another
+            configuration, or it cannot be written.
         UnsupportedError: The report's packages are not installed.
     """
     from rich.console import Console
 
     console = console or Console()
     out = Path(out)
-    _check(config, recipes, jobs, out)
+    check_comparison(config, recipes, jobs, out)
     report.require_packages()
     runs = _plan(config, recipes, out)
     environment = _environment(min(jobs, len(runs)))
@@ -225,7 +223,13 @@ def failure(log: Path, code: int) -> str:
     return f"{words} (log: {log})"
 
 
-def _check(config: RunConfig, recipes: Sequence[str], jobs: int, out: Path) -> None:
+def check_comparison(config: RunConfig, recipes: Sequence[str], jobs: int, out: Path) -> None:
+    """Find what makes a comparison impossible; nothing is written.
+
+    Raises:
+        ConfigError: Unknown, repeated or no recipes, a precision schedule, no jobs, or ``out`` is
+            a run folder itself.
+    """
     if not recipes:
         raise ConfigError("no recipes were given: name at least one, e.g. --recipes bf16,mxfp4")
     for name in recipes:
@@ -245,9 +249,7 @@ def _check(config: RunConfig, recipes: Sequence[str], jobs: int, out: Path) -> N
 
 
 def _plan(config: RunConfig, recipes: Sequence[str], out: Path) -> list[Job]:
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    (out / "order.json").write_text(json.dumps(list(recipes)) + "\n")
-    return [
+    runs = [
         Job(
             name,
             dataclasses.replace(
@@ -257,6 +259,14 @@ def _plan(config: RunConfig, recipes: Sequence[str], out: Path) -> list[Job]:
         )
         for name in recipes
     ]
+    for run in runs:
+        check_folder(run.config)
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        (out / "order.json").write_text(json.dumps(list(recipes)) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error}): choose another --out") from error
+    return runs
 
 
 def _progress(runs: Sequence[Job], jobs: int, environment: dict[str, str]) -> Iterator[None]:

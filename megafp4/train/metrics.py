@@ -1,10 +1,11 @@
 """Where the numbers of a run go: the console, JSON lines, TensorBoard.
 
 One row is one flat dictionary with a ``kind`` and a ``step`` (optimizer steps done so far). Rates
-count optimizer steps only: evaluation, checkpoints and the first step of a process, which pays for
-start-up, are left out. TFLOP/s and MFU come in both conventions in use, causal attention counted
-at half the square (Megatron since 2025) and in full (PaLM, torchtitan); neither counts
-recomputation, and both compare with the dense BF16 peak whatever the recipe.
+count optimizer steps only, not evaluation and checkpoints; the mean of the run also leaves out the
+first step of each process, which pays for start-up. TFLOP/s and MFU come in both conventions in
+use, causal attention counted at half the square (Megatron since 2025) and in full (PaLM,
+torchtitan); neither counts recomputation, and both compare with the dense BF16 peak whatever the
+recipe.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from typing import Any
 
 import torch
 from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from megafp4.report.load import read_jsonl
 
 Row = dict[str, Any]
 
@@ -131,11 +137,7 @@ class JsonLines:
 
 def read_rows(path: Path) -> list[Row]:
     """Read a file of JSON lines that may be missing, or still be written to."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    # What follows the last newline is a line that was never finished.
-    return [json.loads(line) for line in lines[:-1]]
+    return read_jsonl(path) if path.exists() else []
 
 
 def _line(row: Row) -> str:
@@ -148,28 +150,25 @@ class Screen:
     def __init__(self, label: str, work: Workload, *, quiet: bool) -> None:
         self._console = RichConsole(quiet=quiet, highlight=False, soft_wrap=True)
         self._work = work
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if self._console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(label, total=work.steps, numbers="")
+            columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(TextColumn("{task.description}"), *columns, expand=True)
+            self._task = self._bar.add_task(label, total=work.steps)
+            # A line of their own: beside the bar they leave no room for it in 80 columns.
+            self._numbers = Text(no_wrap=True, overflow="ellipsis")
+            self._live = Live(Group(self._bar, self._numbers), console=self._console)
 
     def start(self, done: int) -> None:
         """Begin, with ``done`` steps behind."""
         self.say("TFLOP/s and MFU count causal attention half / full, against the BF16 peak")
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
             self._bar.reset(self._task, completed=done)
+            self._live.start()
 
     def advance(self, done: int) -> None:
         """Move the bar."""
-        if self._bar is not None:
+        if self._live is not None:
             self._bar.update(self._task, completed=done)
 
     def show(self, row: Row) -> None:
@@ -178,12 +177,12 @@ class Screen:
         head = f"step {row['step']:>{width}}/{self._work.steps}"
         if row["kind"] == "eval":
             self.say(f"{head}  validation loss {row['loss']:.4f}")
-        elif self._bar is None:
+        elif self._live is None:
             left_s = (self._work.steps - row["step"]) * self._work.tokens_per_step
             eta = _duration(left_s / row["tokens_per_s"]) if row["tokens_per_s"] else "?"
             self.say(f"{head}  {describe(row)}  ETA {eta}")
         else:
-            self._bar.update(self._task, numbers=describe(row, brief=True))
+            self._numbers.plain = describe(row, brief=True)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -191,12 +190,12 @@ class Screen:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
 
 def describe(row: Row, *, brief: bool = False) -> str:
-    """One line for the numbers of a training row; ``brief`` fits beside a bar in 80 columns."""
+    """One line for the numbers of a training row; ``brief`` fits into 80 columns."""
     mfu = "n/a"
     if row["mfu_half"] is not None:
         mfu = f"{100 * row['mfu_half']:.1f}/{100 * row['mfu_full']:.1f} %"

@@ -70,6 +70,8 @@ def restore(run: Run) -> Progress:
     """
     folder = run.folder / "checkpoints"
     if not complete_steps(folder):
+        # A folder of pickles is not "no checkpoint": starting over would hide that it was ignored.
+        checkpoint.refuse_pickles(folder)
         return Progress()
     saved = checkpoint.load(folder)
     model = run.model.state_dict()

@@ -255,6 +255,6 @@ def test_tool(tmp_path):
     assert "1 documents, 5 tokens, 0 empty" in result.stdout
     assert texts(tmp_path / "out") == ["hello"]
     result = call_tool("--input", tmp_path / "b.txt", "--output", tmp_path / "out")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("error: input ")
     assert result.stderr.count("\n") == 1

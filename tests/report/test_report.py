@@ -17,6 +17,7 @@ from megafp4.report.plots import (
     loss_figure,
     rolling_mean,
     run_styles,
+    statistics_figure,
     statistics_grid,
 )
 from tests.report.conftest import MakeRun, write_jsonl
@@ -170,6 +171,35 @@ def test_statistics_grid_takes_the_last_step_and_orders_operands(make_run: MakeR
     assert cells["l0", "fprop x"]["snr_db"] == 4.0
     assert ("l0", "wgrad x") not in cells
     assert write_report(folder).exists()
+
+
+def test_layers_stand_in_forward_order_when_only_gradients_are_quantized(
+    make_run: MakeRun,
+) -> None:
+    folder = make_run("mxfp4")
+    rows = [
+        {"step": 1, "layer": layer, "gemm": gemm, "operand": "a", "snr_db": 1.0}
+        for layer in ("l1", "l0")
+        for gemm in ("dgrad", "wgrad")
+    ]
+    write_jsonl(folder / "stats.jsonl", rows)
+    (run,) = load_runs(folder)
+    assert statistics_grid(run)[1] == ["l0", "l1"]
+
+
+def test_small_differences_do_not_fill_the_colour_scale(make_run: MakeRun) -> None:
+    folder = make_run("mxfp4")
+    rows = [
+        {"step": 1, "layer": f"l{i}", "gemm": "fprop", "operand": "a", "snr_db": 15.4 + 0.1 * i,
+         "underflow_rate": 0.001 * i}
+        for i in range(5)
+    ]  # fmt: skip
+    write_jsonl(folder / "stats.jsonl", rows)
+    (run,) = load_runs(folder)
+    signal, _, underflow, _ = statistics_figure(run).axes
+    low, high = signal.images[0].get_clim()
+    assert (low, high) == (pytest.approx(12.6), pytest.approx(18.6))
+    assert underflow.images[0].get_clim() == (0.0, 30.0)
 
 
 def test_a_deep_model_has_a_readable_heat_map(make_run: MakeRun) -> None:

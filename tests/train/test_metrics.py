@@ -1,11 +1,14 @@
 """Metrics: files survive kills, rates count what they say, terminals and pipes get their share."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from megafp4.errors import DataError
 from megafp4.train.metrics import (
     Clock,
     JsonLines,
@@ -43,6 +46,13 @@ def test_resuming_drops_later_rows_and_half_lines(tmp_path: Path) -> None:
         {"step": 20},
         {"step": 30, "again": True},
     ]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"st\n')
+    with pytest.raises(DataError, match=r"m\.jsonl line 2 is not a JSON object"):
+        JsonLines(path, done=1)
 
 
 def test_a_fresh_start_keeps_nothing(tmp_path: Path) -> None:
@@ -154,6 +164,25 @@ def test_utilisation_needs_a_known_peak(tmp_path: Path, ticking: list[float]) ->
     assert row["mfu_full"] == pytest.approx(0.15)
     assert "MFU 10.0/15.0 %" in describe(row)
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_a_terminal_of_80_columns_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    screen = Screen("llama-1.3b", WORK, quiet=False)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, soft_wrap=True)
+    monkeypatch.setattr("megafp4.train.metrics.RichConsole", lambda **_: terminal)
+    screen = Screen("llama-1.3b", WORK, quiet=False)
+    screen.start(0)
+    screen.advance(7)
+    screen.show(
+        {"kind": "train", "step": 7, "loss": 2.3456, "tokens_per_s": 123456.0, "tflops": 412.3,
+         "tflops_full": 445.1, "mfu_half": 0.412, "mfu_full": 0.445}
+    )  # fmt: skip
+    screen.close()
+    last = terminal.file.getvalue().splitlines()[-3:]  # type: ignore[attr-defined]
+    assert any("llama-1.3b" in line and "7/40" in line for line in last)
+    numbers = "loss 2.3456  123,456 tokens/s  412/445 TFLOP/s  MFU 41.2/44.5 %"
+    assert any(numbers in line for line in last)
 
 
 def test_quiet_prints_nothing(

@@ -248,6 +248,14 @@ def test_a_run_folder_may_move(
     assert train(build(config("after"), quiet=True)).done == 3
 
 
+def test_a_folder_of_pickles_is_refused_and_not_ignored(corpus: str, tmp_path: Path) -> None:
+    run = build(tiny(corpus, tmp_path, steps=1), quiet=True)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "model.pt").touch()
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        train(run)
+
+
 def test_a_checkpoint_of_another_model_is_refused(corpus: str, tmp_path: Path) -> None:
     train(build(tiny(corpus, tmp_path / "a", steps=1), quiet=True))
     other = build(tiny(corpus, tmp_path / "b", steps=1, layers=1), quiet=True)
