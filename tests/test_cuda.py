@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from megafp4 import Linear, Precision, formats, numerics
+from megafp4.backends import ReferenceBackend
 from megafp4.numerics import Key, QTensor
-from megafp4.recipes import recipe_names
+from megafp4.recipes import get_recipe, recipe_names
+from megafp4.recipes.cast import cast
 from tests import tolerances
 
 pytestmark = [
@@ -44,6 +46,31 @@ def test_hadamard_equals_the_cpus(g: int) -> None:
         assert torch.equal(cpu, numerics.hadamard(x.cuda(), g, axis, signs).cpu())
 
 
+def test_signs_are_drawn_on_the_gpu_without_waiting_for_it() -> None:
+    expected = numerics.hadamard_signs(KEY, 256)
+    x = torch.randn(64, 64, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")  # a copy from or to ordinary memory would wait
+    try:
+        signs = numerics.hadamard_signs(KEY, 256, "cuda")
+        cast(x, get_recipe("mxfp4").dgrad, "a", 1, KEY)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(signs.cpu(), expected)
+
+
+def test_the_reference_never_uses_tf32() -> None:
+    a, b = torch.randn(2, 256, 256, device="cuda")
+    exact = (a.double() @ b.double().T).float()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = ReferenceBackend().gemm(a, b, (1, 1))
+        assert not torch.equal(a @ b.T, exact)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_linear_agrees_with_the_cpu_reference(recipe: str) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -59,7 +86,7 @@ def test_linear_agrees_with_the_cpu_reference(recipe: str) -> None:
         if layer.recipe.grid is not None:
             layer.to_grid()
         layer.to(device)
-        leaf = x.to(device).requires_grad_()
+        leaf = x.clone().to(device).requires_grad_()
         out = layer(leaf)
         out.backward(dy.to(device))
         results.append((out.detach(), leaf.grad, layer.weight.grad))
