@@ -3,9 +3,11 @@
 # make lint         ruff and mypy only
 # make clean        remove the virtual environment, caches and build products; runs/ is kept
 #
-# Everything is installed into $(VENV). TORCH is installed first and can name any build, for
-# instance TORCH="torch==2.11.0"; leave it empty to keep the torch that $(VENV) already has. Further
-# options of the comparison go into ARGS, for instance ARGS="--train.steps 100".
+# Everything is installed into $(VENV), with Python 3.11 or newer (PYTHON=python3.12, say). TORCH is
+# installed first; pip gets it as it is, so it can name any build, for instance TORCH="torch==2.11.0".
+# On Linux the default may be a CUDA build of several GB: TORCH="torch==2.13.0+cpu" takes a CPU-only
+# one if pip is configured with an index that has it. Leave TORCH empty to keep the torch that $(VENV)
+# already has. Further options of the comparison go into ARGS, for instance ARGS="--train.steps 100".
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -44,7 +46,7 @@ $(VENV)/.report $(VENV)/.dev: $(VENV)/.%: $(TORCH_STAMP) pyproject.toml
 
 quickstart: $(VENV)/.report
 	$(BIN)/megafp4 compare gpt-tiny --recipes $(RECIPES) --jobs $(JOBS) --out $(OUT) \
-	  --train.stats-interval 100 --train.checkpoint-interval 100 $(ARGS)
+	  --train.eval-interval 50 --train.stats-interval 100 --train.checkpoint-interval 100 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -130,6 +130,8 @@ class PreprocessArguments:
     """Cuts .txt files into documents; None makes each file one document."""
     split: str = "train"
     """Part of a saved Hugging Face DatasetDict."""
+    overwrite: bool = False
+    """Replace a pair of this name."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Processes that tokenize."""
     progress: bool = True
@@ -238,10 +240,9 @@ def formats(arguments: list[str]) -> int:
     from megafp4.numerics import get_format
 
     table = Table("Format", "Bits", "Largest code", "Scaling", "What it is", header_style="bold")
-    for name in format_names():
-        entry = get_format(name)
+    for entry in map(get_format, format_names()):
         scalings = ", ".join(entry.scalings)
-        row = (name, str(entry.bits), f"{entry.max_value:g}", scalings, escape(entry.summary))
+        row = (entry.name, str(entry.bits), f"{entry.max_value:g}", scalings, escape(entry.summary))
         table.add_row(*row)
     Console(highlight=False).print(table)
     return 0
@@ -279,9 +280,8 @@ def data(arguments: list[str]) -> int:
 
         found = python_corpus(wanted.pop("out"), **wanted)
         print(
-            f"wrote {found.train} ({found.train_tokens:,} tokens) and {found.valid} ("
-            f"{found.valid_tokens:,} tokens): train with --data.train {found.train} "
-            f"--data.valid {found.valid}"
+            f"wrote {found.train_tokens:,} tokens for training, {found.valid_tokens:,} for "
+            f"validation: train with --data.train {found.train} --data.valid {found.valid}"
         )
         return 0
     wanted = dataclasses.asdict(_parse("data preprocess", PreprocessArguments, arguments[1:]))

@@ -322,6 +322,11 @@ def test_preprocessed_text_trains(file: Path, tmp_path: Path, capsys: Captured) 
     argv = ["data", "preprocess", "--input", str(text), "--output", prefix, "--no-progress"]
     assert main([*argv, "--workers", "1"]) == 0
     assert "40 documents" in capsys.readouterr().out
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {prefix}.bin exists already")
+    assert error.count("\n") == 1
+    assert main([*argv, "--overwrite", "--workers", "1"]) == 0
     assert main(["train", "--config", str(file), "--quiet", "--data.train", prefix]) == 0
     assert summary(tmp_path / "out")["steps"] == 2
 

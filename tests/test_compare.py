@@ -80,6 +80,7 @@ def test_each_recipe_gets_a_run_and_all_of_them_a_report(tmp_path: Path) -> None
     out = tmp_path / "out"
     code, text = go(out, "mxfp4", "bf16")
     assert code == 0
+    assert "Stopping" not in text
     for name in ("mxfp4", "bf16"):
         config = settings.read_config(out / name / "config.json")
         assert (config.recipe, config.name, config.out) == (name, f"tiny-{name}", str(out / name))
@@ -151,7 +152,9 @@ def test_an_interruption_stops_the_children(
     before = signal.getsignal(signal.SIGTERM)
     code, text = go(out, "dqt8", "bf16", "mxfp4", jobs=2)
     assert code == 130
-    assert "the same command continues" in text
+    waiting, stopped = text.splitlines()[-2:]
+    assert re.match(r"Stopping: [12] running, each finishes its step and saves first\.", waiting)
+    assert "the same command continues" in stopped
     assert (out / "dqt8" / "stopped").exists()
     assert not (out / "dqt8" / "summary.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before

@@ -1,16 +1,22 @@
 """What the documentation says exists, and its examples run."""
 
+import ast
 import contextlib
+import dataclasses
+import inspect
 import io
+import itertools
+import json
 import re
 import shlex
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 import megafp4
-from megafp4 import cli
+from megafp4 import cli, config
 from megafp4.models.presets import preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,3 +81,51 @@ def test_the_numerics_page_lists_every_format() -> None:
     first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     listed = [name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)]
     assert listed == list(megafp4.formats())
+
+
+def field_rows(kind: type) -> list[str]:
+    """Return the rows of a part's table: each field, its default, its docstring, its choices."""
+    (owner,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(owner, ast.ClassDef)
+    meanings = {
+        field.target.id: text.value.value
+        for field, text in itertools.pairwise(owner.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+    hints = typing.get_type_hints(kind)
+    rows = []
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING:
+            continue  # a part of the run, with a table of its own
+        meaning = meanings[field.name].replace("``", "`")
+        options = (hints[field.name], *typing.get_args(hints[field.name]))
+        literal = next((hint for hint in options if typing.get_origin(hint) is Literal), None)
+        if literal is not None:
+            meaning += f" One of {', '.join(f'`{name}`' for name in typing.get_args(literal))}."
+        rows.append(f"| `{field.name}` | `{json.dumps(field.default)}` | {meaning} |")
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [
+        ("The run", config.RunConfig),
+        ("[model]", config.ModelConfig),
+        ("[data]", config.DataConfig),
+        ("[optim]", config.OptimConfig),
+        ("[train]", config.TrainConfig),
+    ],
+)
+def test_the_configuration_page_repeats_the_fields(heading: str, kind: type) -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    section = page.split(f"\n### {heading}\n")[1].split("\n#")[0]
+    assert [line for line in section.splitlines() if line.startswith("| `")] == field_rows(kind)
+
+
+def test_the_configuration_page_lists_every_command() -> None:
+    section = (ROOT / "docs/configuration.md").read_text().split("## Commands")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `megafp4 (\w+)", section, re.MULTILINE)
+    assert list(dict.fromkeys(listed)) == list(cli.COMMANDS)

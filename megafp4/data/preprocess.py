@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megafp4.data.documents import Batch, find_sources, read_batches, size_of
-from megafp4.data.indexed import smallest_dtype
+from megafp4.data.indexed import index_path, smallest_dtype, token_path
 from megafp4.data.indexed_writer import IndexedWriter
 from megafp4.data.sidecar import Sidecar, remove_sidecar
 from megafp4.data.tokenizer import Tokenizer, get_tokenizer
@@ -65,6 +65,7 @@ def preprocess(
     append_eod: bool = True,
     separator: str | None = None,
     split: str = "train",
+    overwrite: bool = False,
     workers: int = 1,
     progress: bool = True,
 ) -> PreprocessReport:
@@ -81,18 +82,24 @@ def preprocess(
         append_eod: End each document with the tokenizer's end-of-document id.
         separator: Cuts ``.txt`` files into documents; None makes each file one document.
         split: Part of a saved ``DatasetDict`` to read.
+        overwrite: Replace a pair of this name.
         workers: Processes that tokenize; 1 works in this process. More are started by "spawn", so a
             script that asks for them needs the usual ``if __name__ == "__main__"``.
         progress: Show a progress bar.
 
     Raises:
-        DataError: An input cannot be read (with file and line), nothing is in it, or the output
-            cannot be written.
+        DataError: The pair exists already, an input cannot be read (with file and line), nothing is
+            in it, or the output cannot be written.
         ConfigError: Unknown tokenizer.
         UnsupportedError: A package that the input or tokenizer needs is not installed.
     """
     if workers < 1:
         raise DataError(f"{workers} workers cannot tokenize: give at least 1")
+    there = [path for path in (token_path(output), index_path(output)) if path.exists()]
+    if there and not overwrite:
+        raise DataError(
+            f"{there[0]} exists already: choose another --output, or give --overwrite to replace it"
+        )
     sources = find_sources(inputs)
     encoder = get_tokenizer(tokenizer)
     with ExitStack() as stack:

@@ -72,7 +72,9 @@ its cores among runs; it says nothing about 4-bit hardware.</p>
 the gradient of y; dgrad gives the gradient of x, wgrad that of W. Signal to noise: power of the
 operand over power of its quantization error. Clipped: beyond the largest code. Underflow: not zero,
 but quantized to zero. Scale span: largest over smallest block scale within a line, in powers of
-two, 0 where a line has a single scale; up to 14, folding MXFP4 into FP8 is exact.</p>
+two, 0 where a line has a single scale; 14 is the limit up to which MXFP4 can be folded into FP8
+exactly (docs/numerics.md), and values above it are framed. Statistics that are zero for every
+operand are a line of text below the plot.</p>
 {% endif %}
 
 <h2>Configuration</h2>

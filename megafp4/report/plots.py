@@ -41,6 +41,11 @@ STYLE = {
     "legend.frameon": False,
 }
 
+# Metric rows averaged: single batches differ more than recipes do. A wider window would bend the
+# steep beginning of a loss; gaps have none.
+LOSS_WINDOW = 5
+GAP_WINDOW = 9
+
 Style = dict[str, tuple[str, str]]
 
 
@@ -94,7 +99,8 @@ def loss_figure(runs: Sequence[Run], styles: Style) -> Figure:
             steps, losses = _series(run.train, start)
             # Batches differ more than recipes: enlarged, the training loss would only hide them.
             if not start or not run.evals:
-                axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.9)
+                smooth = rolling_mean(losses, LOSS_WINDOW)
+                axes.plot(steps, smooth, color=colour, alpha=0.4, linewidth=0.9)
             eval_steps, eval_losses = _series(run.evals, start)
             label = f"{run.label}  {run.valid_loss:.3f}"
             axes.plot(
@@ -105,7 +111,7 @@ def loss_figure(runs: Sequence[Run], styles: Style) -> Figure:
         if start:
             _limit(axes, seen)
     whole.set_ylabel("Loss (nats per token)")
-    whole.set_title("Validation (marked) and training (light)")
+    whole.set_title(f"Validation (marked) and training,\nmean of {LOSS_WINDOW} points (light)")
     late.set_title("Second half, validation")
     late.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="Validation loss")
     return figure
@@ -124,7 +130,7 @@ def gap_figure(runs: Sequence[Run], styles: Style) -> Figure:
             continue
         colour, marker = styles[run.folder.name]
         steps, gaps = gap_percent(run.train, base.train)
-        axes.plot(steps, rolling_mean(gaps, 9), color=colour, alpha=0.3, linewidth=0.9)
+        axes.plot(steps, rolling_mean(gaps, GAP_WINDOW), color=colour, alpha=0.3, linewidth=0.9)
         steps, gaps = gap_percent(run.evals, base.evals)
         label = f"{run.label}  {gaps[-1]:+.2f} %" if gaps else run.label
         axes.plot(steps, gaps, color=colour, marker=marker, markersize=4, label=label)
@@ -133,7 +139,7 @@ def gap_figure(runs: Sequence[Run], styles: Style) -> Figure:
     _limit(axes, [*seen, 0.0])
     axes.set_xlabel("Step")
     axes.set_ylabel("Loss above BF16 (%)")
-    axes.set_title("Validation (marked) and training, mean of 9 points (light)")
+    axes.set_title(f"Validation (marked) and training, mean of {GAP_WINDOW} points (light)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="At the last evaluation")
     return figure
 
@@ -155,6 +161,10 @@ def rolling_mean(values: Sequence[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+EXACT_SPAN = 14
+"""Octaves of MXFP4 scales up to which folding them into E4M3 is exact, see docs/numerics.md."""
+MARK_COLOUR = "#D55E00"
+
 PANELS = (
     # key, title, colour map (orange: less is better), format of a cell, scale of a cell
     ("snr_db", "Signal to noise (dB)", "Blues", "{:.1f}", 1),
@@ -162,7 +172,7 @@ PANELS = (
     ("underflow_rate", "Underflow to zero (%)", "Oranges", "{:.1f}", 100),
     ("octave_span", "Scale span (octaves)", "Blues", "{:.0f}", 1),
 )
-LEAST_RANGE = {"snr_db": 6.0, "clip_rate": 1.0, "underflow_rate": 30.0, "octave_span": 14.0}
+LEAST_RANGE = {"snr_db": 6.0, "clip_rate": 1.0, "underflow_rate": 30.0, "octave_span": EXACT_SPAN}
 """Differences below this are of no interest and must not fill the colour scale."""
 MAX_WRITTEN_LAYERS = 40
 """Up to here a cell has room for its number."""
@@ -176,15 +186,24 @@ OPERAND_NAMES = {
 
 
 def statistics_figure(run: Run) -> Figure:
-    """Draw the last recorded quantization statistics: layers down, operands across."""
+    """Draw the last recorded quantization statistics: layers down, operands across.
+
+    A panel without anything but zeros becomes a line of text below the others.
+    """
     step, layers, operands, cells = statistics_grid(run)
-    figure = _figure(2.6 + 2.0 * len(PANELS), 1.6 + 0.22 * min(len(layers), 60))
-    row_of_axes = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, (key, title, colours, text, scale) in zip(row_of_axes, PANELS, strict=True):
-        values = [
+    tables = {
+        key: [
             [scale * number(cells.get((layer, op), {}).get(key)) for op in operands]
             for layer in layers
         ]
+        for key, _, _, _, scale in PANELS
+    }
+    # The first panel always stays: it names the layers.
+    panels = [panel for panel in PANELS if panel is PANELS[0] or _has_content(tables[panel[0]])]
+    figure = _figure(max(7.0, 2.6 + 2.0 * len(panels)), 1.8 + 0.22 * min(len(layers), 60))
+    row_of_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (key, title, colours, text, _) in zip(row_of_axes, panels, strict=True):
+        values = tables[key]
         image = axes.imshow(values, aspect="auto", cmap=colours, interpolation="nearest")
         _set_colours(image, values, from_zero=colours == "Oranges", least=LEAST_RANGE[key])
         axes.set_title(title)
@@ -192,6 +211,8 @@ def statistics_figure(run: Run) -> Figure:
         axes.grid(visible=False)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+        if key == "octave_span":
+            _mark_inexact(axes, layers, operands, cells)
         if len(layers) <= MAX_WRITTEN_LAYERS:
             _write_cells(axes, image, values, text)
         else:
@@ -200,7 +221,40 @@ def statistics_figure(run: Run) -> Figure:
     shown = range(0, len(layers), -(-len(layers) // 60))
     row_of_axes[0].set_yticks(list(shown), [layers[i] for i in shown])
     figure.suptitle(f"{run.label}, step {step}", x=0.01, ha="left", fontweight="bold")
+    left_out = [_one_line(panel[1], tables[panel[0]]) for panel in PANELS if panel not in panels]
+    if left_out:
+        figure.supxlabel(". ".join(left_out), x=0.01, ha="left", fontsize=8.5)
     return figure
+
+
+def _has_content(values: list[list[float]]) -> bool:
+    return any(math.isfinite(value) and value != 0 for line in values for value in line)
+
+
+def _one_line(title: str, values: list[list[float]]) -> str:
+    measured = any(math.isfinite(value) for line in values for value in line)
+    return f"{title}: {'0 everywhere' if measured else 'not recorded'}"
+
+
+def _mark_inexact(
+    axes: Axes,
+    layers: list[str],
+    operands: list[str],
+    cells: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    """Frame the MXFP4 operands whose scales span too much to be folded into FP8 exactly."""
+    from matplotlib.patches import Rectangle
+
+    if not any(row.get("format") == "mxfp4" for row in cells.values()):
+        return  # other scales are no powers of two: the limit says nothing about them
+    for y, layer in enumerate(layers):
+        for x, operand in enumerate(operands):
+            row = cells.get((layer, operand), {})
+            if row.get("format") == "mxfp4" and number(row.get("octave_span")) > EXACT_SPAN:
+                corner = (x - 0.5, y - 0.5)
+                axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MARK_COLOUR))
+    note = f"framed: above {EXACT_SPAN}, the limit\nfor exact FP8 folding\n(docs/numerics.md)"
+    axes.set_xlabel(note, fontsize=8)
 
 
 def statistics_grid(

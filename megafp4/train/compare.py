@@ -194,7 +194,7 @@ def run_compare(
     )
     try:
         with _terminate_as_interrupt(), open_display(console) as display:
-            for _ in _progress(runs, jobs, environment):
+            for _ in _progress(runs, jobs, environment, console):
                 display.show(runs)
             display.show(runs)
     except KeyboardInterrupt:
@@ -269,7 +269,9 @@ def _plan(config: RunConfig, recipes: Sequence[str], out: Path) -> list[Job]:
     return runs
 
 
-def _progress(runs: Sequence[Job], jobs: int, environment: dict[str, str]) -> Iterator[None]:
+def _progress(
+    runs: Sequence[Job], jobs: int, environment: dict[str, str], console: Console
+) -> Iterator[None]:
     """Run everything, at most ``jobs`` at a time, yielding after each look at the processes."""
     waiting = list(runs)
     running: list[Job] = []
@@ -289,6 +291,12 @@ def _progress(runs: Sequence[Job], jobs: int, environment: dict[str, str]) -> It
             if running:
                 time.sleep(POLL_S)
     finally:
+        if running:
+            console.print(
+                f"Stopping: {len(running)} running, each finishes its step and saves first.",
+                soft_wrap=True,
+                highlight=False,
+            )
         for run in running:
             run.stop()
         for run in running:

@@ -122,12 +122,12 @@ def test_parquet(tmp_path):
     assert texts(tmp_path / "out") == column[:3000]
     assert report.empty == 2
     with pytest.raises(DataError, match="no column 'body' but other, text"):
-        run([tmp_path / "a.parquet"], tmp_path / "out", key="body")
+        run([tmp_path / "a.parquet"], tmp_path / "other", key="body")
     with pytest.raises(DataError, match="document 1 holds int under 'other'"):
-        run([tmp_path / "a.parquet"], tmp_path / "out", key="other")
+        run([tmp_path / "a.parquet"], tmp_path / "other", key="other")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     with pytest.raises(DataError, match="not a readable parquet file"):
-        run([tmp_path / "b.parquet"], tmp_path / "out")
+        run([tmp_path / "b.parquet"], tmp_path / "other")
 
 
 def test_saved_datasets(tmp_path):
@@ -139,12 +139,12 @@ def test_saved_datasets(tmp_path):
     )
     assert run([tmp_path / "one"], tmp_path / "out").empty == 1
     assert texts(tmp_path / "out") == ["a", "b"]
-    run([tmp_path / "two"], tmp_path / "out", split="test")
+    run([tmp_path / "two"], tmp_path / "out", split="test", overwrite=True)
     assert texts(tmp_path / "out") == ["b"]
     with pytest.raises(DataError, match="has the splits test, train but not 'valid'"):
-        run([tmp_path / "two"], tmp_path / "out", split="valid")
+        run([tmp_path / "two"], tmp_path / "other", split="valid")
     with pytest.raises(DataError, match="no column 'body' but text"):
-        run([tmp_path / "one"], tmp_path / "out", key="body")
+        run([tmp_path / "one"], tmp_path / "other", key="body")
 
 
 def test_folders_are_read_in_order(tmp_path):
@@ -155,7 +155,7 @@ def test_folders_are_read_in_order(tmp_path):
     (source / "deep" / "c.txt.gz").write_bytes(gzip.compress(b"c"))
     (source / "image.png").write_bytes(b"\x89PNG")
     for _ in range(2):  # the second time the first output lies in the folder
-        run([source / "deep", source], source / "out")
+        run([source / "deep", source], source / "out", overwrite=True)
         assert texts(source / "out") == ["c", "a", "b", "c"]
 
 
@@ -178,6 +178,23 @@ def test_errors_come_back_from_workers(tmp_path):
     with pytest.raises(DataError, match=r"a.jsonl line 2 is not JSON"):
         run([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("left", [".bin", ".idx"])
+def test_a_pair_is_replaced_only_when_asked(tmp_path, left):
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / "b.txt").write_text("new")
+    run([tmp_path / "a.txt"], tmp_path / "out")
+    before = (tmp_path / "out.bin").read_bytes()
+    with pytest.raises(DataError, match=r"out.bin exists already: .* --overwrite to replace it"):
+        run([tmp_path / "b.txt"], tmp_path / "out")
+    assert (tmp_path / "out.bin").read_bytes() == before
+    for suffix in {".bin", ".idx"} - {left}:
+        (tmp_path / f"out{suffix}").unlink()
+    with pytest.raises(DataError, match=rf"out{left} exists already"):
+        run([tmp_path / "b.txt"], tmp_path / "out")
+    run([tmp_path / "b.txt"], tmp_path / "out", overwrite=True)
+    assert texts(tmp_path / "out") == ["new"]
 
 
 def test_sidecar(tmp_path):
@@ -254,7 +271,7 @@ def test_tool(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     assert "1 documents, 5 tokens, 0 empty" in result.stdout
     assert texts(tmp_path / "out") == ["hello"]
-    result = call_tool("--input", tmp_path / "b.txt", "--output", tmp_path / "out")
+    result = call_tool("--input", tmp_path / "b.txt", "--output", tmp_path / "other")
     assert result.returncode == 2
     assert result.stderr.startswith("error: input ")
     assert result.stderr.count("\n") == 1

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megafp4.errors import UnsupportedError
-from megafp4.report import load_runs, table_rows, to_markdown, write_report
+from megafp4.report import Run, load_runs, table_rows, to_markdown, write_report
 from megafp4.report.plots import (
+    LOSS_WINDOW,
     gap_figure,
     gap_percent,
     loss_figure,
@@ -144,6 +145,19 @@ def test_loss_lines_hold_the_data_in_the_recipes_colour(make_run: MakeRun) -> No
     assert list(marked.get_ydata()) == pytest.approx([50.0] * 5)
 
 
+def test_training_loss_is_a_running_mean_and_the_title_says_so(make_run: MakeRun) -> None:
+    folder = make_run("mxfp4")
+    rows = [{"kind": "train", "step": s, "loss": 2.0 + s % 2} for s in range(1, 101)]
+    write_jsonl(folder / "metrics.jsonl", rows)
+    runs = load_runs(folder)
+    whole, late = loss_figure(runs, run_styles(runs)).axes
+    assert f"mean of {LOSS_WINDOW} points" in whole.get_title()
+    drawn = whole.lines[0].get_ydata()
+    assert list(drawn) == pytest.approx(rolling_mean([row["loss"] for row in rows], LOSS_WINDOW))
+    assert max(drawn[2:-2]) - min(drawn[2:-2]) == pytest.approx(1 / LOSS_WINDOW)
+    assert len(late.lines[0].get_ydata()) == 51
+
+
 def test_forty_runs_look_different(make_run: MakeRun) -> None:
     for index in range(40):
         folder = make_run(f"r{index}", steps=0)
@@ -196,10 +210,61 @@ def test_small_differences_do_not_fill_the_colour_scale(make_run: MakeRun) -> No
     ]  # fmt: skip
     write_jsonl(folder / "stats.jsonl", rows)
     (run,) = load_runs(folder)
-    signal, _, underflow, _ = statistics_figure(run).axes
+    signal, underflow = statistics_figure(run).axes
     low, high = signal.images[0].get_clim()
     assert (low, high) == (pytest.approx(12.6), pytest.approx(18.6))
     assert underflow.images[0].get_clim() == (0.0, 30.0)
+
+
+def span_run(folder: Path, fmt: str, spans: list[float]) -> Run:
+    """A run with one layer per scale span, all other statistics zero or fixed."""
+    rows = [
+        {"step": 1, "layer": f"l{i}", "gemm": "fprop", "operand": "a", "format": fmt,
+         "snr_db": 18.0, "clip_rate": 0.0, "underflow_rate": 0.0, "octave_span": span}
+        for i, span in enumerate(spans)
+    ]  # fmt: skip
+    write_jsonl(folder / "stats.jsonl", rows)
+    return load_runs(folder)[0]
+
+
+def test_statistics_of_zeros_are_a_line_of_text(make_run: MakeRun) -> None:
+    figure = statistics_figure(span_run(make_run("fp4"), "fp4-vector", [0.0, 0.0]))
+    assert [axes.get_title() for axes in figure.axes] == ["Signal to noise (dB)"]
+    assert figure.get_supxlabel() == (
+        "Clipped (%): 0 everywhere. Underflow to zero (%): 0 everywhere. "
+        "Scale span (octaves): 0 everywhere"
+    )
+
+
+def test_a_single_number_that_is_not_zero_keeps_its_panel(make_run: MakeRun) -> None:
+    figure = statistics_figure(span_run(make_run("mxfp4"), "mxfp4", [0.0, 1.0]))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["Signal to noise (dB)", "Scale span (octaves)"]
+
+
+def test_statistics_that_were_not_recorded_do_not_count_as_zero(make_run: MakeRun) -> None:
+    folder = make_run("mxfp4")
+    write_jsonl(
+        folder / "stats.jsonl",
+        [{"step": 1, "layer": "l0", "gemm": "dgrad", "operand": "a", "snr_db": 1.0,
+          "clip_rate": None, "underflow_rate": 0.5, "octave_span": 0.0}],
+    )  # fmt: skip
+    (run,) = load_runs(folder)
+    assert statistics_figure(run).get_supxlabel() == (
+        "Clipped (%): not recorded. Scale span (octaves): 0 everywhere"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fmt", "spans", "framed"),
+    [("mxfp4", [14.0, 15.0, 3.0, 29.0], [1, 3]), ("nvfp4", [15.0], [])],
+)
+def test_spans_beyond_exact_folding_are_framed(
+    make_run: MakeRun, fmt: str, spans: list[float], framed: list[int]
+) -> None:
+    axes = statistics_figure(span_run(make_run("run"), fmt, spans)).axes[-1]
+    assert [round(patch.get_y() + 0.5) for patch in axes.patches] == framed
+    assert ("above 14" in axes.get_xlabel()) == (fmt == "mxfp4")
 
 
 def test_a_deep_model_has_a_readable_heat_map(make_run: MakeRun) -> None:
