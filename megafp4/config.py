@@ -238,6 +238,8 @@ class RunConfig:
     """Which numbers go where; see ``megafp4 recipes``."""
     precision_schedule: str = ""
     """Recipes by share or by step, e.g. ``mxfp4:0.9,bf16:0.1``; empty means ``recipe``."""
+    exempt: tuple[str, ...] = ()
+    """Linears that stay BF16, as glob patterns of their names: ``blocks.0.* *.mlp.down``."""
     backend: Literal["reference", "bf16"] = "reference"
     """Who computes the quantized GEMMs."""
     device: str = "cpu"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,6 +13,7 @@ from megafp4.errors import ConfigError, UnsupportedError
 from megafp4.linear import Linear
 from megafp4.precision import Precision
 from megafp4.recipes import Recipe, get_recipe
+from megafp4.recipes.exemptions import matching_linears
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -143,24 +143,7 @@ def _skipped(
     if skip is None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return {name for name, module in linears.items() if module is head}
-    found: set[str] = set()
-    for pattern in [skip] if isinstance(skip, str) else skip:
-        matching = {
-            name for name in linears if any(fnmatchcase(part, pattern) for part in _parents(name))
-        }
-        if not matching:
-            raise ConfigError(
-                f"skip pattern {pattern!r} matches none of the model's {len(linears)} linears "
-                f"({', '.join(list(linears)[:4])}, ...): correct or remove it"
-            )
-        found |= matching
-    return found
-
-
-def _parents(name: str) -> Iterator[str]:
-    """Yield "a", "a.b", "a.b.c" for "a.b.c"."""
-    parts = name.split(".")
-    return (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return matching_linears(list(linears), [skip] if isinstance(skip, str) else skip, "skip")
 
 
 def _exempt(linears: dict[str, nn.Module], recipe: Recipe) -> Iterator[str]:

@@ -137,6 +137,11 @@ class LinearOp:
         return self.backend.gemm(a, b, _AXES[gemm], alpha, out)
 
 
+def _in_backward() -> bool:
+    """Whether autograd is at work, so that a forward call recomputes what was computed before."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class _ThreeGemms(torch.autograd.Function):
     """Autograd's view of a :class:`LinearOp`: dgrad and wgrad run only where they are needed."""
 
@@ -172,8 +177,11 @@ class Linear(GridLinear):
         in_features, out_features, bias, device, dtype: As in ``nn.Linear``.
         recipe: Name or :class:`Recipe`.
         backend: Name or :class:`Backend`.
-        precision: Shared by the linears of a model; None makes one of its own. Advance its ``step``
-            before each step of training: at one step, one token draws the same bits again.
+        precision: Shared by the linears of a model. Advance its ``step`` before each step of
+            training: at one step, one token draws the same bits again. None makes one of the
+            layer's own, whose ``step`` advances at every forward call in training mode. Activation
+            checkpointing recomputes with the step of the latest call, so a layer that is called
+            several times before its backward pass should then be given a Precision.
         layer: Stream id; layers with different ids draw different random bits.
         name: Name in errors, ledger and statistics.
         segments: Row counts of the matrices fused in the weight (q, k, v; gate, up): the scale that
@@ -200,14 +208,9 @@ class Linear(GridLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         rows = None if segments is None else tuple(segments)
-        self.op = LinearOp(
-            get_recipe(recipe),
-            resolve_backend(backend),
-            precision or Precision(),
-            layer,
-            name,
-            rows,
-        )
+        used = precision or Precision()
+        self._own_precision = None if precision else used
+        self.op = LinearOp(get_recipe(recipe), resolve_backend(backend), used, layer, name, rows)
         self.op.recipe.check_layer(in_features, out_features, rows, self.op.name)
 
     @property
@@ -239,6 +242,8 @@ class Linear(GridLinear):
         if not torch.is_grad_enabled():
             # Without a training step in between, a write through `.data` would go unnoticed.
             self.op.forget_weights()
+        if self.training and self.op.precision is self._own_precision and not _in_backward():
+            self.op.precision.step += 1
         return _ThreeGemms.apply(x, self.weight, self.bias, self.op)
 
     def to_grid(self) -> None:

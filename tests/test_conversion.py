@@ -7,7 +7,9 @@ import io
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import megafp4
 from megafp4.errors import ConfigError, UnsupportedError
@@ -24,7 +26,6 @@ CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def gpt2() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_layer=2, n_embd=64, n_head=2, vocab_size=128, n_positions=32,
@@ -34,7 +35,6 @@ def gpt2() -> nn.Module:
 
 
 def llama() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=2,
@@ -118,9 +118,8 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_shared_modules_and_shared_transposed_weights_stay_shared() -> None:
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     shared = nn.Linear(32, 32)
-    one, other = conv1d(32, 32), conv1d(32, 32)
+    one, other = Conv1D(32, 32), Conv1D(32, 32)
     other.weight = one.weight
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": one, "d": other})
     megafp4.convert(model, "bf16")

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import megafp4
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +31,6 @@ def test_quantize_a_tensor() -> None:
 
 
 def test_convert_huggingface() -> None:
-    pytest.importorskip("transformers")
     text = run("convert_huggingface.py")
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", text)]
     assert len(losses) == 10

@@ -150,6 +150,68 @@ def test_recomputation_gives_the_same_gradients(recipe: str, generator: torch.Ge
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+ALL_STOCHASTIC = Recipe(
+    "noise",
+    fprop=get_recipe("mxfp4").dgrad,
+    dgrad=get_recipe("mxfp4").dgrad,
+    wgrad=get_recipe("mxfp4").wgrad,
+)
+
+
+def own(layer: int = 0) -> megafp4.Linear:
+    torch.manual_seed(3)
+    return megafp4.Linear(64, 64, False, ALL_STOCHASTIC, layer=layer)
+
+
+def test_a_lone_linear_draws_anew_in_every_training_step(generator: torch.Generator) -> None:
+    x, dy = torch.randn(2, 64, 64, generator=generator)
+    linear = own()
+    first, second = train(linear, x, dy), train(linear, x, dy)
+    assert linear.op.precision.step == 2
+    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+    linear.set_recipe("mxfp4")
+    third, fourth = train(linear, x, dy), train(linear, x, dy)
+    assert not torch.equal(third[1], fourth[1])
+    again = own()
+    assert torch.equal(train(again, x, dy)[1], first[1])
+    again.eval()
+    assert torch.equal(again(x), again(x))
+    assert again.op.precision.step == 1
+
+
+def test_a_precision_that_was_given_stays_where_it_is(generator: torch.Generator) -> None:
+    x, dy = torch.randn(2, 64, 64, generator=generator)
+    linear, _ = watched(ALL_STOCHASTIC)
+    first, second = train(linear, x, dy), train(linear, x, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    lone = own()
+    lone.op.precision = Precision(seed=4)
+    train(lone, x, dy)
+    assert lone.op.precision.step == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_lone_linear_recomputes_what_it_drew(reentrant: bool, generator: torch.Generator) -> None:
+    """Two layers, so that wrong bits of the first would show in the wgrad of the second."""
+    x, dy = torch.randn(2, 64, 64, generator=generator)
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        model = torch.nn.Sequential(own(0), own(1))
+        found = []
+        for _ in range(3):
+            inputs = x.clone().requires_grad_()
+            y = checkpoint(model, inputs, use_reentrant=reentrant) if recompute else model(inputs)
+            y.backward(dy)
+            found += [inputs.grad, *(linear.weight.grad.clone() for linear in model)]
+        assert [linear.op.precision.step for linear in model] == [3, 3]
+        return found
+
+    pairs = list(zip(gradients(False), gradients(True), strict=True))
+    assert all(torch.equal(plain, again) for plain, again in pairs)
+    assert not torch.equal(pairs[0][0], pairs[3][0])
+
+
 def test_backward_belongs_to_its_forward(generator: torch.Generator) -> None:
     """A pipeline runs other micro-batches in between: position is kept from forward."""
     x, dy = torch.randn(2, 64, 64, generator=generator)

@@ -76,6 +76,19 @@ def line_major(operand: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A [M, K] times B [N, K]^T with FP32 operands, whatever autocast is in force."""
+    """A [M, K] times B [N, K]^T with FP32 operands, whatever autocast or the user allows.
+
+    ``torch.set_float32_matmul_precision`` and the flags behind it let FP32 operands be rounded to
+    TF32 or BF16. Switching them off for one product would be seen by other threads, and old and new
+    flags exclude each other; in FP64 they have no say, and FP32 products are exact.
+    """
     with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda or _cpu_may_round():
+            # Always on CUDA, where the environment (NVIDIA_TF32_OVERRIDE) can allow TF32 as well.
+            return (a.double() @ b.double().t()).float()
         return a.float() @ b.float().t()
+
+
+def _cpu_may_round() -> bool:
+    found = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return found in ("tf32", "bf16")

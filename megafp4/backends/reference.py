@@ -1,4 +1,4 @@
-"""The oracle: decode both operands to FP32 and multiply."""
+"""The oracle: decode both operands to FP32 and multiply, without any further rounding of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megafp4.numerics import QTensor
 
 
 class ReferenceBackend:
-    """Decodes to FP32 and multiplies in FP32: every format, any device, no speed."""
+    """Decodes to FP32 and multiplies in FP32 or better: every format, any device, no speed."""
 
     name = "reference"
 

@@ -27,8 +27,11 @@ def build_model(
         dtype: Type of the activations between the layers; parameters stay FP32.
 
     Raises:
-        ConfigError: Unknown family, or a head width that the family cannot use.
+        ConfigError: Unknown family, a head width that the family cannot use, or exemptions of the
+            factory that do not fit the model.
     """
     if config.family not in _FAMILIES:
         raise unknown_name("model family", config.family, _FAMILIES)
-    return _FAMILIES[config.family](config, factory, dtype)
+    model = _FAMILIES[config.family](config, factory, dtype)
+    factory.check(model)
+    return model

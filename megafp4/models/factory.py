@@ -7,6 +7,7 @@ stochastic rounding; so both are independent of the recipe and of which rank bui
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from torch import nn
@@ -16,6 +17,7 @@ from megafp4.linear import Linear
 from megafp4.models.layers import DenseLinear, Head, LayerNorm, RMSNorm
 from megafp4.precision import Precision
 from megafp4.recipes import Recipe, get_recipe
+from megafp4.recipes.exemptions import matches, matching_linears
 
 SLOTS = ("attention.qkv", "attention.out", "mlp.up", "mlp.gate_up", "mlp.down")
 """Linears a block can hold. Append only: the position is part of every random stream."""
@@ -84,6 +86,10 @@ class LayerFactory(Protocol):
         """Make the output layer, called with hidden states and the token embedding's weight."""
         ...
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model once all of its layers are made, if they do not fit together."""
+        ...
+
 
 class DenseFactory:
     """Ordinary layers: the model without any quantization machinery, the oracle of the tests."""
@@ -118,6 +124,9 @@ class DenseFactory:
         """Make the output layer in the activations' type."""
         return Head(width, vocab, tied=tied)
 
+    def check(self, model: nn.Module) -> None:
+        """Accept the model: plain layers always fit together."""
+
 
 class QuantizedFactory(DenseFactory):
     """Linears that run a recipe's three GEMMs; everything else stays ordinary.
@@ -127,19 +136,26 @@ class QuantizedFactory(DenseFactory):
         backend: Who computes, e.g. ``reference``.
         precision: Seed, step and ledger, shared by all layers of the model.
         num_layers: Blocks of the model.
+        exempt: Glob patterns of the linears that get ``bf16`` as well, by name or by the name of a
+            module above them: ``*.mlp.down``, ``blocks.0``.
 
     Raises:
-        ConfigError: Unknown recipe, or one that exempts every block.
+        ConfigError: Unknown recipe.
     """
 
     def __init__(
-        self, recipe: str | Recipe, backend: str, precision: Precision, num_layers: int
+        self,
+        recipe: str | Recipe,
+        backend: str,
+        precision: Precision,
+        num_layers: int,
+        exempt: Sequence[str] = (),
     ) -> None:
         self.recipe = get_recipe(recipe)
         self.backend = backend
         self.precision = precision
         self.num_layers = num_layers
-        _check_exemptions(self.recipe, num_layers)
+        self.exempt = tuple(exempt)
 
     def linear(
         self,
@@ -152,48 +168,78 @@ class QuantizedFactory(DenseFactory):
         bias: bool,
         segments: tuple[int, ...] | None = None,
     ) -> nn.Module:
-        """Make a linear that runs the recipe, or BF16 in an exempt block."""
+        """Make a linear that runs the recipe, or BF16 if it is exempt."""
+        name = layer_name(block, slot)
         return Linear(
             in_features,
             out_features,
             bias=bias,
-            recipe=_recipe_of_block(self.recipe, block, self.num_layers),
+            recipe=_recipe_of(name, block, self.recipe, self.num_layers, self.exempt),
             backend=self.backend,
             precision=self.precision,
             layer=layer_id(block, slot),
-            name=layer_name(block, slot),
+            name=name,
             segments=segments,
         )
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse exemptions that a model of this factory cannot have.
 
-def set_recipe(model: nn.Module, recipe: str | Recipe, num_layers: int) -> None:
+        Raises:
+            ConfigError: A pattern matches no linear, or recipe and patterns exempt all of them.
+        """
+        _check_exemptions(_linears(model), self.recipe, self.num_layers, self.exempt)
+
+
+def set_recipe(
+    model: nn.Module, recipe: str | Recipe, num_layers: int, exempt: Sequence[str] = ()
+) -> None:
     """Switch every linear of a model built by :class:`QuantizedFactory` to another recipe.
 
     Args:
         model: The model.
         recipe: The new recipe; the blocks it exempts get ``bf16``.
         num_layers: Blocks of the model.
+        exempt: Linears that get ``bf16`` as well, as for :class:`QuantizedFactory`.
 
     Raises:
-        ConfigError: Unknown recipe, one that exempts every block, or one that the weights' storage
-            does not allow.
+        ConfigError: Unknown recipe, a pattern that matches no linear, exemptions that leave nothing
+            to quantize, or a recipe that the weights' storage does not allow.
     """
     found = get_recipe(recipe)
-    _check_exemptions(found, num_layers)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            block = module.op.layer // SLOTS_PER_BLOCK
-            module.set_recipe(_recipe_of_block(found, block, num_layers))
+    linears = _linears(model)
+    _check_exemptions(linears, found, num_layers, exempt)
+    for linear in linears:
+        linear.set_recipe(_recipe_of(linear.op.name, _block(linear), found, num_layers, exempt))
 
 
-def _recipe_of_block(recipe: Recipe, block: int, num_layers: int) -> Recipe:
-    return get_recipe("bf16") if recipe.exempts_block(block, num_layers) else recipe
+def _linears(model: nn.Module) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
-def _check_exemptions(recipe: Recipe, num_layers: int) -> None:
-    if all(recipe.exempts_block(block, num_layers) for block in range(num_layers)):
+def _block(linear: Linear) -> int:
+    return linear.op.layer // SLOTS_PER_BLOCK
+
+
+def _recipe_of(
+    name: str, block: int, recipe: Recipe, num_layers: int, exempt: Sequence[str]
+) -> Recipe:
+    stays = recipe.exempts_block(block, num_layers) or any(matches(name, p) for p in exempt)
+    return get_recipe("bf16") if stays else recipe
+
+
+def _check_exemptions(
+    linears: list[Linear], recipe: Recipe, num_layers: int, exempt: Sequence[str]
+) -> None:
+    named = matching_linears([linear.op.name for linear in linears], exempt, "exempt")
+    if all(
+        linear.op.name in named or recipe.exempts_block(_block(linear), num_layers)
+        for linear in linears
+    ):
+        parts = [f"the linears named by exempt {' '.join(exempt)}"] if exempt else []
+        if recipe.skip_first or recipe.skip_last:
+            parts.append(f"the first {recipe.skip_first} and last {recipe.skip_last} blocks")
         raise ConfigError(
-            f"recipe {recipe.name!r} exempts the first {recipe.skip_first} and last "
-            f"{recipe.skip_last} blocks, which are all of a model with {num_layers}: "
-            "choose a deeper model or exempt fewer blocks"
+            f"under recipe {recipe.name!r} {' and '.join(parts)} stay BF16, which are all of a "
+            f"model with {num_layers} blocks: choose a deeper model or exempt less"
         )

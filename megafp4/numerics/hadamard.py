@@ -18,7 +18,7 @@ from megafp4.numerics.philox import Key, philox4x32
 _CHUNK = 1 << 15
 
 
-def hadamard_signs(key: Key, g: int) -> torch.Tensor:
+def hadamard_signs(key: Key, g: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Random diagonal of the transform.
 
     Sign i is bit i mod 32 of word i // 32 of the Philox calls of ``key`` at line 0 (set bit: -1).
@@ -27,14 +27,15 @@ def hadamard_signs(key: Key, g: int) -> torch.Tensor:
         key: What the draw is for. Its operand is taken to be ``"signs"``: both operands of the
             GEMM share the draw, and it never coincides with a dither.
         g: Chunk size.
+        device: Where to draw, so that nothing is copied there; the signs are the same everywhere.
 
     Returns:
-        FP32 [g] of +-1.
+        FP32 [g] of +-1 on ``device``.
     """
     key = key._replace(operand="signs")
-    calls = torch.arange(-(-g // 128))
+    calls = torch.arange(-(-g // 128), device=device)
     words = torch.stack(philox4x32((calls, 0, key.step, key.stream), key.seed_words), dim=-1)
-    bits = words[..., None] >> torch.arange(32) & 1
+    bits = words[..., None] >> torch.arange(32, device=device) & 1
     return 1.0 - 2.0 * bits.flatten()[:g].float()
 
 

@@ -99,7 +99,13 @@ def philox4x32(
     Returns:
         Four int64 tensors of the broadcast shape holding 32-bit values.
     """
-    c0, c1, c2, c3 = (torch.as_tensor(c, dtype=torch.int64) for c in counter)
+    # Numbers stay on the CPU, whence operators take them as scalars: nothing is copied to a GPU.
+    c0, c1, c2, c3 = (
+        c.long()
+        if isinstance(c, torch.Tensor)
+        else torch.tensor(c, dtype=torch.int64, device="cpu")
+        for c in counter
+    )
     k0, k1 = key
     for _ in range(rounds):
         # A signed 64-bit product wraps, but its bits are those of the unsigned product.

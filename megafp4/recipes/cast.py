@@ -52,7 +52,7 @@ def cast(
     if not operand.quantized:
         return x.to(operand.dtype), x
     if spec.hadamard:
-        x = hadamard(x, spec.hadamard, axis, _signs(spec, key).to(x.device))
+        x = hadamard(x, spec.hadamard, axis, _signs(spec, key, x.device))
     split = operand.statistic == "absmean" and operand.shared_scale == "tensor" and segments
     parts = [
         quantize(
@@ -115,11 +115,11 @@ def value(operand: QTensor | Tensor, spec: OperandSpec) -> Tensor:
     return decoded if spec.prescale == 1 else decoded / spec.prescale
 
 
-def _signs(spec: GemmSpec, key: Key) -> Tensor:
+def _signs(spec: GemmSpec, key: Key, device: torch.device) -> Tensor:
     assert spec.hadamard is not None
     if spec.signs == "fixed":
         key = key._replace(step=0, layer=0)
-    return hadamard_signs(key._replace(operand="signs"), spec.hadamard)
+    return hadamard_signs(key._replace(operand="signs"), spec.hadamard, device)
 
 
 def _join(parts: list[QTensor]) -> QTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 from rich.console import Group, RenderableType
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megafp4.numerics import get_format
+from megafp4.recipes.exemptions import NEVER_QUANTIZED
 from megafp4.recipes.library import get_recipe, recipe_names
 from megafp4.recipes.recipe import DGE, Gemm, GemmSpec, OperandSpec, Recipe
 
@@ -47,14 +49,14 @@ def recipe_table(recipes: Iterable[str | Recipe] | None = None) -> Table:
         caption_justify="left",
     )
     for column in ("recipe", "fprop", "dgrad", "wgrad", "weights", "paper"):
-        table.add_column(column, overflow="fold", no_wrap=column == "recipe")
+        table.add_column(column, overflow="fold", no_wrap=column in ("recipe", "paper"))
     for item in recipe_names() if recipes is None else recipes:
         recipe = get_recipe(item)
         table.add_row(
             recipe.name,
             *(_formats(spec) for spec in (recipe.fprop, recipe.dgrad, recipe.wgrad)),
             f"{recipe.grid.format} grid" if recipe.grid else "fp32",
-            recipe.paper,
+            _folded(recipe.paper),
         )
     return table
 
@@ -97,6 +99,11 @@ def _add_gemm(table: Table, name: Gemm, recipe: Recipe) -> None:
     )
 
 
+def _folded(text: str) -> str:
+    """Fold at spaces, so that a narrow terminal does not cut through an arXiv number."""
+    return textwrap.fill(text, 13, break_long_words=False, break_on_hyphens=False)
+
+
 def _formats(spec: GemmSpec) -> str:
     same = spec.a.format == spec.b.format
     text = spec.a.format if same else f"{spec.a.format} x {spec.b.format}"
@@ -120,7 +127,7 @@ def _storage(recipe: Recipe) -> str:
 
 
 def _exemptions(recipe: Recipe) -> str:
-    parts = [*recipe.exempt]
+    parts = [*NEVER_QUANTIZED]
     if recipe.skip_first:
         parts.append(f"first {recipe.skip_first} blocks")
     if recipe.skip_last:

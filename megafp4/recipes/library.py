@@ -102,14 +102,14 @@ def mxfp4_fp8() -> Recipe:
     starts from the master weight. The tensor-wise scale is the current one; the paper used
     Transformer Engine's delayed scaling.
     """
-    x = OperandSpec("fp8-e4m3", saved_as="fp8-e4m3")
+    x = OperandSpec("fp8-e4m3")
     saved = replace(_UNBIASED_MXFP4, source="fprop")
     return replace(
         mxfp4(),
         name="mxfp4-fp8",
         summary="FP8 E4M3 forward; MXFP4 backward as in mxfp4",
         paper="2502.20586, FP8 forward",
-        fprop=GemmSpec(x, replace(x, saved_as="bf16")),
+        fprop=GemmSpec(x, x),
         wgrad=GemmSpec(_UNBIASED_MXFP4, saved, 64),
         notes="Current tensor-wise scales in forward; wgrad starts from the FP8 activation.",
     )
@@ -169,7 +169,7 @@ def fp4(k: float = 5.0, cap: float = 3.0, alpha: float = 0.99) -> Recipe:
         summary="E2M1 forward, token- and channel-wise, with DGE and OCC; FP8 backward",
         paper="2501.17116, eq. 4-9",
         fprop=GemmSpec(
-            replace(_LADDER, clamp=OCC(alpha), saved_as="fp8-e4m3"),
+            replace(_LADDER, clamp=OCC(alpha)),
             replace(_LADDER, estimator=DGE(k, cap)),
         ),
         notes="Backward as in the released code: E5M2 gradients against the forward's operands "
@@ -185,7 +185,7 @@ def fp4_direct() -> Recipe:
         "fp4-direct",
         "E2M1 forward, token- and channel-wise, straight-through; FP8 backward",
         "2501.17116, ablations",
-        fprop=GemmSpec(replace(_LADDER, saved_as="fp8-e4m3"), _LADDER),
+        fprop=GemmSpec(_LADDER, _LADDER),
         dgrad=GemmSpec(dy, recast),
         wgrad=GemmSpec(dy, recast),
         notes="Backward as in fp4.",
@@ -290,7 +290,7 @@ def nvfp4(skip_first: int = 0, skip_last: int = 0) -> Recipe:
         wgrad=GemmSpec(dy, x, hadamard=16, signs="fixed"),
         skip_first=skip_first,
         skip_last=skip_last,
-        notes="The paper keeps about 15 % of the linears in BF16: set skip_first and skip_last.",
+        notes="The paper keeps about 15 % of the linears in BF16, at both ends: use exempt.",
     )
 
 

@@ -61,8 +61,10 @@ class DGE:
     cap: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.cap <= 0:
-            raise ConfigError(f"DGE has k={self.k} and cap={self.cap}: give k >= 1 and cap > 0")
+        if not (1 <= self.k < math.inf and 0 < self.cap < math.inf):
+            raise ConfigError(
+                f"DGE has k={self.k} and cap={self.cap}: give k >= 1 and cap > 0, both finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,6 @@ class OperandSpec:
     estimator: STE | DGE = STE()
     """Derivative of the rounding; only fprop's weight has one that matters."""
     clamp: OCC | None = None
-    saved_as: str = "bf16"
-    """Format in which forward keeps the operand for backward; read by GPU backends."""
 
     def __post_init__(self) -> None:
         for name, given, allowed in (
@@ -115,7 +115,6 @@ class OperandSpec:
             ("statistic", self.statistic, get_args(Statistic)),
             ("operand source", self.source, get_args(Source)),
             ("operand format", self.format, (*HIGH_PRECISION, *formats())),
-            ("saved_as format", self.saved_as, (*HIGH_PRECISION, *formats())),
         ):
             if given not in allowed:
                 raise unknown_name(name, given, allowed)
@@ -265,8 +264,8 @@ class GridSpec:
 
     def __post_init__(self) -> None:
         grid_format(self.bits)
-        if not self.range > 0:
-            raise ConfigError(f"grid range is {self.range}: give a positive factor")
+        if not 0 < self.range < math.inf:
+            raise ConfigError(f"grid range is {self.range}: give a positive, finite factor")
 
     @property
     def format(self) -> str:
@@ -295,8 +294,6 @@ class Recipe:
     """Blocks at the start of the model whose linears stay BF16."""
     skip_last: int = 0
     """Blocks at the end of the model whose linears stay BF16."""
-    exempt: tuple[str, ...] = ("embedding", "norms", "head")
-    """What is never quantized (shown by ``megafp4 recipes``)."""
     notes: str = ""
     """What the paper leaves open and how it was decided."""
 
@@ -343,13 +340,13 @@ class Recipe:
         """All six (gemm, side, spec)."""
         return tuple((g, s, self.gemm(g).side(s)) for g in GEMMS for s in get_args(Side))
 
-    def check_length(self, gemm: Gemm, length: int, layer: str) -> None:
+    def check_length(self, gemm: Gemm, length: int, layer: str | None = None) -> None:
         """Refuse a contraction length that the blocks or Hadamard chunks of a GEMM do not divide.
 
         Args:
             gemm: Which GEMM.
             length: Elements along its contraction axis.
-            layer: Name of the layer, for the error.
+            layer: Name of the layer, for the error; None if it is the same for all.
 
         Raises:
             ConfigError: Gives the length and what it must be a multiple of.
@@ -360,8 +357,9 @@ class Recipe:
         parts = [f"block {o.block} of {o.format}" for o in (spec.a, spec.b) if o.block > 1]
         parts += [f"Hadamard block {spec.hadamard}"] if spec.hadamard else []
         over, advice = _CONTRACTION[gemm]
+        what = gemm if layer is None else f"{gemm} of {layer!r}"
         raise ConfigError(
-            f"{gemm} of {layer!r} contracts over {length} {over}, not divisible by {spec.divisor} "
+            f"{what} contracts over {length} {over}, not divisible by {spec.divisor} "
             f"({', '.join(dict.fromkeys(parts))}): {advice}"
         )
 

@@ -50,11 +50,12 @@ class PrecisionSchedule:
             text: ``name:share,...`` with shares that add up to 1, or ``name@step,...``. Instead of
                 a name, ``fprop=name`` replaces only the forward GEMM of the recipe before it.
                 Empty means ``base`` for the whole run.
-            steps: Length of the run, for shares.
+            steps: Optimizer steps of the run.
             base: Recipe in force before the first ``@`` of ``text``.
 
         Raises:
-            ConfigError: The text cannot be read, or names an unknown recipe.
+            ConfigError: The text cannot be read, names an unknown recipe, or has a stage that would
+                never run because it starts when the run is over.
         """
         entries = [entry.strip() for entry in text.split(",") if entry.strip()]
         if any(":" in entry for entry in entries):
@@ -69,6 +70,11 @@ class PrecisionSchedule:
             if not start.isdecimal():
                 raise ConfigError(f"precision schedule has step {start!r}: " + _HELP)
             current = _resolve(name, current)
+            if int(start) >= steps:
+                raise ConfigError(
+                    f"precision schedule starts {name!r} at step {start}, but a run of {steps} "
+                    f"steps ends at step {steps - 1}: start it earlier or remove it"
+                )
             stages.append((int(start), current))
         return cls(tuple(stages))
 

@@ -58,6 +58,8 @@ class Run:
     """Step and token counters, ledger and probe, shared by every linear of ``model``."""
     schedule: PrecisionSchedule
     """Which recipe is in force at which step."""
+    exempt: tuple[str, ...]
+    """Patterns of the linears that stay BF16 under every recipe."""
     recipe: Recipe
     """Recipe in force now."""
     optimizer: Optimizer
@@ -80,7 +82,7 @@ class Run:
         """Put every linear under the recipe that is in force at a step, if that has changed."""
         recipe = self.schedule.recipe_at(step)
         if recipe != self.recipe:
-            set_recipe(self.model, recipe, self.model.config.layers)
+            set_recipe(self.model, recipe, self.model.config.layers, self.exempt)
             self.recipe = recipe
             self.metrics.screen.say(f"recipe {recipe.name} from step {step + 1} on")
 
@@ -114,10 +116,12 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
     folder = Path(config.out)
     optimizer = build_optimizer(model.named_parameters(), config.optim, config.train.seed)
     torch.manual_seed(config.train.seed)  # dropout; everything else has generators of its own
+    recipe_name = _recipe_name(config)
+    screen = Screen(f"{config.name}, {recipe_name}", work, quiet=quiet)
     claim_folder(config)
     return Run(
         name=config.name,
-        recipe_name=config.precision_schedule or config.recipe,
+        recipe_name=recipe_name,
         folder=folder,
         device=device,
         train=config.train,
@@ -125,20 +129,28 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
         model=model,
         precision=precision,
         schedule=schedule,
+        exempt=config.exempt,
         recipe=schedule.recipe_at(0),
         optimizer=optimizer,
         data=data,
         guard=LossGuard(config.train.spike_factor, config.train.max_spikes),
         clock=clock,
-        metrics=Metrics(folder, work, Screen(config.name, work, quiet=quiet), clock),
+        metrics=Metrics(folder, work, screen, clock),
     )
+
+
+def _recipe_name(config: RunConfig) -> str:
+    text = config.precision_schedule
+    # With @, the recipe is in force before the schedule's first step; shares name all of them.
+    return f"{config.recipe}, {text}" if "@" in text else text or config.recipe
 
 
 def make_model(config: RunConfig, schedule: PrecisionSchedule, precision: Precision) -> Decoder:
     """Build the model with its initial weights, on the grid where the recipe keeps them there."""
     recipe = schedule.recipe_at(0)
-    factory = QuantizedFactory(recipe, config.backend, precision, config.model.layers)
-    model = build_model(config.model, factory, getattr(torch, config.dtype))
+    model = build_model(
+        config.model, _factory(config, recipe, precision), getattr(torch, config.dtype)
+    )
     init_weights(model, config.model, config.train.seed)
     for module in model.modules():
         if isinstance(module, Linear) and module.recipe.grid is not None:
@@ -153,7 +165,8 @@ def check(config: RunConfig) -> PrecisionSchedule:
         The precision schedule, or the one recipe as a schedule.
 
     Raises:
-        ConfigError: Unknown names, or sizes that recipe, model, schedule and batch cannot share.
+        ConfigError: Unknown names, exemptions that match no linear or all of them, or sizes that
+            recipe, model, schedule and batch cannot share.
         DataError: Model and tokenizer have different vocabularies.
         UnsupportedError: The backend cannot run the recipe.
     """
@@ -168,11 +181,15 @@ def check(config: RunConfig) -> PrecisionSchedule:
             "make token files with megafp4 data preprocess and name them with --data.train"
         )
     for _, recipe in schedule.stages:
-        recipe.check_length("wgrad", config.train.micro_batch * config.model.seq_len, "every layer")
-        factory = QuantizedFactory(recipe, config.backend, Precision(), config.model.layers)
-        with torch.device("meta"):  # widths are checked, nothing is allocated
-            build_model(config.model, factory)
+        recipe.check_length("wgrad", config.train.micro_batch * config.model.seq_len)
+        with torch.device("meta"):  # widths and names are checked, nothing is allocated
+            build_model(config.model, _factory(config, recipe, Precision()))
     return schedule
+
+
+def _factory(config: RunConfig, recipe: Recipe, precision: Precision) -> QuantizedFactory:
+    layers = config.model.layers
+    return QuantizedFactory(recipe, config.backend, precision, layers, config.exempt)
 
 
 def open_batches(config: RunConfig, device: torch.device) -> Batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -123,6 +124,23 @@ def test_autocast_has_no_say(generator: torch.Generator) -> None:
         assert torch.equal(ReferenceBackend().gemm(a, b, (1, 1)), a @ b.T.float()) is False
         inside = ReferenceBackend().gemm(a, b, (1, 1))
     assert torch.equal(inside, a @ b.T)
+
+
+@pytest.fixture
+def lower_precision() -> Iterator[None]:
+    """Allow FP32 products to be rounded, as users do to speed up the rest of a model."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("lower_precision")
+def test_the_oracle_is_exact_whatever_torch_may_round(generator: torch.Generator) -> None:
+    """Equal to the FP64 product rounded once: no FP32 kernel is, let alone a BF16 one."""
+    a, b = torch.randn(2, 256, 256, generator=generator)
+    exact = (a.double() @ b.double().T).float()
+    assert torch.equal(ReferenceBackend().gemm(a, b, (1, 1)), exact)
 
 
 def test_refusals() -> None:

@@ -1,3 +1,7 @@
+import re
+from dataclasses import replace
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -14,9 +18,9 @@ FP32 = GemmSpec(OperandSpec("fp32"), OperandSpec("fp32"))
 EXACT = Recipe("fp32", fprop=FP32, dgrad=FP32, wgrad=FP32)
 
 
-def quantized(config, recipe, seed=5, dtype=torch.float32):
+def quantized(config, recipe, seed=5, dtype=torch.float32, exempt=()):
     precision = Precision(seed=1)
-    factory = QuantizedFactory(recipe, "reference", precision, config.layers)
+    factory = QuantizedFactory(recipe, "reference", precision, config.layers, exempt)
     return build(config, factory, seed=seed, dtype=dtype), precision
 
 
@@ -117,8 +121,72 @@ class TestExemptBlocks:
         assert self.names(model) == ["bf16"] * 20
 
     def test_a_recipe_that_exempts_all_blocks_is_refused(self):
-        with pytest.raises(ConfigError, match="all of a model with 3"):
+        with pytest.raises(
+            ConfigError, match="last 2 blocks stay BF16, which are all of a model with 3"
+        ):
             quantized(small_config(layers=3), self.recipe)
+
+
+class TestExemptLinears:
+    patterns = ("blocks.1.*", "*.mlp.down")
+    expected: ClassVar = {
+        "blocks.0.attention.qkv": "mxfp4",
+        "blocks.0.attention.out": "mxfp4",
+        "blocks.0.mlp.up": "mxfp4",
+        "blocks.0.mlp.down": "bf16",
+        "blocks.1.attention.qkv": "bf16",
+        "blocks.1.attention.out": "bf16",
+        "blocks.1.mlp.up": "bf16",
+        "blocks.1.mlp.down": "bf16",
+    }
+
+    def names(self, model):
+        return {path: linear.recipe.name for path, linear in linears(model).items()}
+
+    def test_they_run_bf16_and_the_ledger_says_so(self):
+        model, precision = quantized(small_config(), "mxfp4", exempt=self.patterns)
+        assert self.names(model) == self.expected
+        model(*batch(model.config, rows=2, length=32)).backward()
+        rows = precision.ledger.rows()
+        low = {row["layer"] for row in rows if row["a"] == "mxfp4"}
+        assert low == {name for name, recipe in self.expected.items() if recipe == "mxfp4"}
+        assert {row["layer"] for row in rows} == set(self.expected)
+
+    def test_set_recipe_honours_them_too(self):
+        model, _ = quantized(small_config(), "bf16", exempt=self.patterns)
+        set_recipe(model, "mxfp4", 2, self.patterns)
+        assert self.names(model) == self.expected
+
+    def test_they_add_to_the_blocks_that_the_recipe_exempts(self):
+        recipe = replace(get_recipe("mxfp4"), skip_first=1)
+        model, _ = quantized(small_config(layers=3), recipe, exempt=("blocks.2.mlp",))
+        low = [name for name, used in self.names(model).items() if used != "bf16"]
+        assert len(low) == 6
+        assert low[-1] == "blocks.2.attention.out"
+
+    def test_a_width_that_the_recipe_cannot_cut_may_be_exempt(self):
+        config = small_config(ffn_hidden=72)
+        with pytest.raises(ConfigError, match="exempt it"):
+            quantized(config, "mxfp4")
+        quantized(config, "mxfp4", exempt=("*.mlp.*",))
+
+    @pytest.mark.parametrize("pattern", ["*.mlp.gate_up", "blocks.2.*", "mlp.down"])
+    def test_a_pattern_that_matches_nothing_is_refused(self, pattern):
+        with pytest.raises(ConfigError, match=rf"exempt pattern '{re.escape(pattern)}' matches no"):
+            quantized(small_config(), "mxfp4", exempt=(pattern,))
+        model, _ = quantized(small_config(), "bf16")
+        with pytest.raises(ConfigError, match="none of the model's 8 linears"):
+            set_recipe(model, "mxfp4", 2, (pattern,))
+        assert set(self.names(model).values()) == {"bf16"}
+
+    def test_exempting_everything_is_refused(self):
+        match = r"exempt blocks\.1 and the first 1 and last 0 blocks stay BF16, which are all of"
+        recipe = replace(get_recipe("mxfp4"), skip_first=1)
+        with pytest.raises(ConfigError, match=match):
+            quantized(small_config(), recipe, exempt=("blocks.1",))
+        model, _ = quantized(small_config(), "bf16")
+        with pytest.raises(ConfigError, match=match):
+            set_recipe(model, recipe, 2, ("blocks.1",))
 
 
 def test_unknown_recipe_suggests_the_nearest():

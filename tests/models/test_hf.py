@@ -1,12 +1,11 @@
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 from megafp4.errors import CheckpointError, UnsupportedError
 from megafp4.models.hf import from_hf, to_hf
 from tests.models.small import batch, build, scatter, small_config
-
-transformers = pytest.importorskip("transformers")
 
 CASES = {
     "gpt2-tied": small_config("gpt"),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 
 from megafp4.errors import ConfigError
 from megafp4.models import build_model, get_preset, parameter_count, preset_names
@@ -49,7 +50,6 @@ def test_exact_parameter_count(name):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_transformers_counts_the_same(name):
-    transformers = pytest.importorskip("transformers")
     config = get_preset(name).model
     with torch.device("meta"):
         ours = build_model(config, DenseFactory())

@@ -65,6 +65,15 @@ def test_signs_follow_their_written_layout() -> None:
     assert numerics.hadamard_signs(KEY, 256).tolist() == expected
 
 
+def test_signs_are_drawn_on_the_device_that_is_named() -> None:
+    """On the CPU unless told otherwise, whatever torch's default device is."""
+    expected = numerics.hadamard_signs(KEY, 64)
+    with torch.device("meta"):
+        assert torch.equal(numerics.hadamard_signs(KEY, 64), expected)
+        assert torch.equal(numerics.hadamard_signs(KEY, 64, torch.device("cpu")), expected)
+    assert numerics.hadamard_signs(KEY, 64, "meta").device.type == "meta"
+
+
 @pytest.mark.parametrize("g", [16, 64])
 def test_rows_do_not_change_when_split(g: int, generator: torch.Generator) -> None:
     x = torch.randn(1300, 256, generator=generator).bfloat16()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchao.prototype.mx_formats import mx_tensor as mx
 
 from megafp4 import numerics
 from tests.numerics import oracle
@@ -73,7 +74,6 @@ def test_a_million_codes_against_float64(
 def test_a_million_codes_against_torchao(
     scale: float, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     x = gaussian(scale, dtype, generator)
     scales, packed = mx.to_mx(x, torch.float4_e2m1fn_x2, 32)
     q = numerics.quantize(x, "mxfp4")

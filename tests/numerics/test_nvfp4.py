@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchao.prototype.mx_formats import nvfp4_tensor as torchao
 
 from megafp4 import numerics
 from tests.numerics import oracle
@@ -38,7 +39,6 @@ def test_codes_and_scales_against_numpy(
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_torchao(scale: float, dtype: torch.dtype, generator: torch.Generator) -> None:
-    torchao = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
     x = wide(scale, dtype, generator)
     tensor_scale = torchao.per_tensor_amax_to_scale(x.abs().amax())
     scales, packed = torchao.nvfp4_quantize(x, 16, tensor_scale)

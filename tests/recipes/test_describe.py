@@ -20,7 +20,19 @@ def rendered(item: RenderableType, width: int = 160) -> str:
 def test_table_has_every_recipe() -> None:
     lines = rendered(recipe_table()).splitlines()
     for name in recipe_names():
-        assert sum(f" {name} " in line.split("│")[1] for line in lines if "│" in line) == 1
+        assert (
+            sum(f" {name} " in line.split("\u2502")[1] for line in lines if "\u2502" in line) == 1
+        )
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_no_arxiv_number_is_cut_in_two(width: int) -> None:
+    lines = rendered(recipe_table(), width).splitlines()
+    assert max(map(len, lines)) <= width
+    for recipe in map(get_recipe, recipe_names()):
+        (row,) = (line for line in lines if line.startswith(f"│ {recipe.name} "))
+        assert recipe.paper.split()[0] in row.split("│")[-2]
+    assert sum("│ fp4-vector" in line for line in lines) == 2  # nor is anything else
 
 
 def test_table_of_chosen_recipes() -> None:

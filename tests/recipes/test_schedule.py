@@ -31,6 +31,11 @@ def test_parse(text: str, base: str | None, expected: list[tuple[int, str]]) -> 
     assert names(text, base=base) == expected
 
 
+def test_a_stage_may_last_one_step() -> None:
+    assert names("mxfp4@0,bf16@999") == [(0, "mxfp4"), (999, "bf16")]
+    assert names("mxfp4:0.999,bf16:0.001") == [(0, "mxfp4"), (999, "bf16")]
+
+
 def test_recipe_at() -> None:
     schedule = PrecisionSchedule.parse("mxfp4@0,fp8@3,bf16@5", 10)
     found = [schedule.recipe_at(step).name for step in range(8)]
@@ -72,6 +77,9 @@ def test_recipes_of_ones_own() -> None:
         ("dqt8@0,bf16@9", None, r"\['dqt8', 'bf16'\] mixes recipes that store weights differently"),
         ("dqt8:0.5,dqt4:0.5", None, "mixes recipes that store weights differently"),
         ("@0", None, "has '@0'"),
+        ("bf16@1000", "mxfp4", "'bf16' at step 1000, but a run of 1000 steps ends at step 999: st"),
+        ("mxfp4@0,fprop=bf16@5000", None, "starts 'fprop=bf16' at step 5000, but a run of 1000"),
+        ("mxfp4:0.9999,bf16:0.0001", None, "starts 'bf16' at step 1000, but a run of 1000 steps"),
     ],
 )
 def test_errors(text: str, base: str | None, message: str) -> None:

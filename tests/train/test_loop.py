@@ -12,7 +12,7 @@ from megafp4.errors import DataError, DivergenceError
 from megafp4.train import loop
 from megafp4.train.build import build
 from megafp4.train.loop import train
-from megafp4.train.metrics import read_rows
+from megafp4.train.metrics import Screen, Workload, read_rows
 from tests.train.tiny import rows, summary, tiny
 
 FORMATS = {
@@ -263,3 +263,27 @@ def test_the_resolved_configuration_is_written(corpus: str, tmp_path: Path) -> N
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
         json.dumps(dataclasses.asdict(config))
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        ("", "mxfp4"),
+        ("mxfp4:0.5,bf16:0.5", "mxfp4:0.5,bf16:0.5"),
+        ("bf16@1", "mxfp4, bf16@1"),
+    ],
+)
+def test_the_bar_is_labelled_with_preset_and_recipe(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, name: str
+) -> None:
+    labels = []
+
+    class Seen(Screen):
+        def __init__(self, label: str, work: Workload, *, quiet: bool) -> None:
+            labels.append(label)
+            super().__init__(label, work, quiet=quiet)
+
+    monkeypatch.setattr("megafp4.train.build.Screen", Seen)
+    config = tiny(corpus, tmp_path, "mxfp4", steps=2, layers=1, precision_schedule=schedule)
+    assert build(config, quiet=True).recipe_name == name
+    assert labels == [f"tiny-mxfp4, {name}"]
