@@ -152,7 +152,8 @@ def test_model_vocabulary_must_fit_the_tokenizer(data, vocab_size, message):
 
 @pytest.mark.parametrize(("tokenizer", "vocab_size"), [("bytes", 1024), ("gpt2", 50304)])
 def test_padded_vocabularies_are_accepted(data, tokenizer, vocab_size):
-    build(settings(data, str(data / "a"), tokenizer=tokenizer), vocab_size=vocab_size)
+    train, _ = build(settings(data, str(data / "a"), tokenizer=tokenizer), vocab_size=vocab_size)
+    assert train.batch(0, 2)[0].max() < vocab_size
 
 
 @pytest.mark.parametrize(

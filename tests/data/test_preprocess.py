@@ -112,7 +112,7 @@ def test_line_numbers_across_batches(tmp_path, monkeypatch):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     column = [f"document {number}" for number in range(3000)] + [None, ""]
@@ -131,7 +131,8 @@ def test_parquet(tmp_path):
 
 
 def test_saved_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     one = datasets.Dataset.from_dict({"text": ["a", "", "b"]})
     one.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": one, "test": one.select([2])}).save_to_disk(

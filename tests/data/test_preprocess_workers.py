@@ -3,8 +3,6 @@
 import filecmp
 import json
 
-import pytest
-
 from megafp4.data import preprocess as module
 from megafp4.data.indexed import IndexedDataset
 from megafp4.data.preprocess import preprocess
@@ -12,8 +10,8 @@ from megafp4.data.tokenizer import ByteTokenizer
 
 
 def test_all_sources_with_two_workers_equal_one(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+    import pyarrow
     from pyarrow import parquet
 
     (tmp_path / "a.txt").write_text("from a text file")

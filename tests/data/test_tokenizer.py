@@ -24,7 +24,8 @@ SENTENCES = ["the cat sat on the mat", "the other cat has a hat", "that is the t
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A byte-level BPE, trained here, as tokenizer.json and as GPT-2's two pairs of files."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     folder = tmp_path_factory.mktemp("vocabulary")
     bpe = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
     bpe.train_from_iterator(SENTENCES * 20, vocab_size=300, min_frequency=2, show_progress=False)
@@ -86,7 +87,6 @@ def test_bytes():
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", ["gpt2", "hf"])
 def test_gpt2_files_equal_the_other_library(folder, name, text):
-    pytest.importorskip("tiktoken")
     tokenizer = get_tokenizer(str(folder / name))
     other = get_tokenizer(str(folder / "json"))
     assert tokenizer.encode(text).tolist() == other.encode(text).tolist()
@@ -97,7 +97,6 @@ def test_gpt2_files_equal_the_other_library(folder, name, text):
 
 
 def test_identity_is_of_content_not_of_files(folder, tmp_path):
-    pytest.importorskip("tiktoken")
     one, two = (get_tokenizer(str(folder / name)) for name in ("gpt2", "hf"))
     assert one.identity == two.identity
     assert one.identity.startswith("bpe-")
@@ -114,8 +113,7 @@ def test_gpt2_needs_no_files_until_it_encodes():
 
 
 def test_gpt2_offline(monkeypatch, tmp_path):
-    pytest.importorskip("tiktoken")
-    requests = pytest.importorskip("requests")
+    import requests
 
     def unreachable(url, **options):
         raise requests.ConnectionError(f"no route to {url}")
@@ -139,7 +137,6 @@ def test_gpt2_offline(monkeypatch, tmp_path):
     ],
 )
 def test_damaged_gpt2_files(folder, tmp_path, name, content):
-    pytest.importorskip("tiktoken")
     for file in ("encoder.json", "vocab.bpe"):
         (tmp_path / file).write_bytes((folder / "gpt2" / file).read_bytes())
     (tmp_path / name).write_text(content, encoding="utf-8")
@@ -163,7 +160,6 @@ def test_json_tokenizer_takes_its_end_from_the_configuration(folder, tmp_path):
 
 @pytest.mark.parametrize("content", ["{}", '{"model": 3}', "no json", "[]"])
 def test_damaged_tokenizer_json(tmp_path, content):
-    pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer.json"):
         get_tokenizer(str(tmp_path))
@@ -171,7 +167,8 @@ def test_damaged_tokenizer_json(tmp_path, content):
 
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory):
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     folder = tmp_path_factory.mktemp("sentencepiece")
     for name, eos in (("tokenizer", 2), ("endless", -1)):
         sentencepiece.SentencePieceTrainer.train(
