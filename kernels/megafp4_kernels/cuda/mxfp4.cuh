@@ -1,0 +1,254 @@
+// The numbers of the MXFP4 quantizer: Philox, E8M0 scales, rounding in packed FP16, folding.
+//
+// E2M1 inside FP16. A block's values are brought to v * 2^-14, so that E2M1's 1.0 is the smallest
+// normal FP16 and E2M1's subnormal 0.5 an FP16 subnormal with the same step. Bits [11:9] of the
+// half are then the code, and the nine bits below them the remainder in units of 2^-9 of a step.
+// Truncating to FP16 keeps "remainder + dither >= 1" exact, because the centred dither of a byte i,
+// (2i + 1) / 512, is a whole number of these units.
+#pragma once
+#include "gemm_ptx.cuh"
+
+typedef unsigned char u8;
+
+#define FOLDED 1
+#define PACKED 2
+#define E4M3 3
+#define STOCHASTIC 0
+#define NEAREST_EVEN 1
+#define NEAREST_AWAY 2
+
+// Fields of a window, the state of one folded operand (int32 [8], zero to begin with).
+#define W_SET 0      // the base has been chosen
+#define W_BASE 1     // values are stored times 2^-base
+#define W_REDO 2     // the base has just moved: the second launch has to quantize again
+#define W_MAXIMUM 3  // largest E8M0 byte + 1 of this pass, 0: none
+#define W_TICKET 4   // CTAs of this pass that have finished
+#define W_RAISED 5   // blocks stored with a larger exponent than theirs, ever
+#define W_MOVED 6    // times the base was chosen
+#define W_PASS 7     // raised blocks of this pass
+
+constexpr int kLowest = 15;    // exponents from base - 15 ...
+constexpr int kHighest = 13;   // ... to base + 13 are exact in E5M2
+constexpr int kHeadroom = 10;  // a new base is the largest exponent - 10
+constexpr int kDrift = 4;      // moved down if the largest exponent is below base + 4
+
+// Low and high word of a product; a product of u64 costs an addition more.
+__device__ __forceinline__ uint2 multiply_wide(u32 a, u32 b) {
+    uint2 r;
+    asm("{\n.reg .b64 wide;\nmul.wide.u32 wide, %2, %3;\nmov.b64 {%0, %1}, wide;\n}"
+        : "=r"(r.x), "=r"(r.y)
+        : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ __forceinline__ void philox(u32 (&c)[4], u32 k0, u32 k1) {
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const uint2 p0 = multiply_wide(c[0], 0xD2511F53u);
+        const uint2 p1 = multiply_wide(c[2], 0xCD9E8D57u);
+        c[0] = p1.y ^ c[1] ^ k0;
+        c[2] = p0.y ^ c[3] ^ k1;
+        c[1] = p1.x;
+        c[3] = p0.x;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+__device__ __forceinline__ u32 pack_half2_rz(float low, float high) {
+    u32 r;
+    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ __forceinline__ u32 multiply_half2(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+// Two values to E4M3, saturating; the low byte is the first.
+__device__ __forceinline__ u32 to_e4m3x2(float low, float high) {
+    unsigned short r;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ __forceinline__ u32 half2_from_e4m3x2(u32 codes) {
+    u32 r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((unsigned short)codes));
+    return r;
+}
+
+__device__ __forceinline__ float2 floats_from_half2(u32 h) {
+    float2 r;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+        "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+        : "=f"(r.x), "=f"(r.y)
+        : "r"(h));
+    return r;
+}
+
+__device__ __forceinline__ u32 clip_half2(u32 h) {
+    u32 r;
+    asm("{\n.reg .b32 t;\nmin.f16x2 t, %1, %2;\nmax.f16x2 %0, t, %3;\n}"
+        : "=r"(r)
+        : "r"(h), "r"(0x0E000E00u), "r"(0x8E008E00u));  // +-6 * 2^-14
+    return r;
+}
+
+// To the nearest E2M1 number, ties to the even code, in units of 2^-14; adding 1.5 * 2^23 steps
+// rounds to whole steps.
+__device__ __forceinline__ float nearest_even(float v) {
+    const float magnitude = fabsf(v);
+    const u32 octave = __float_as_uint(fmaxf(magnitude, 0x1p-14f)) & 0x7F800000u;
+    const float shifter = __uint_as_float(octave + ((22u << 23) | 0x400000u));
+    return copysignf(fminf(__fsub_rn(__fadd_rn(magnitude, shifter), shifter), 0x1.8p-12f), v);
+}
+
+// What one output needs to know, the same for all of its elements.
+struct Output {
+    void* data;
+    u8* scales;  // E8M0 bytes of PACKED
+    int lines, length;
+    float factor;  // prescale * 2^-14, or 1 / scale of E4M3
+    u32 key0, key1, step, stream, line_origin, group_origin;
+    int base;
+    int maximum, raised;  // this thread's part of the window's fields
+};
+
+// Sixteen consecutive elements of a line, from element k on; lanes 2i and 2i + 1 share a block.
+template <int kOutput, int kRounding, bool kClip>
+__device__ __forceinline__ void encode(const float (&v)[16], int line, int k, Output& o) {
+    float four[4];  // independent chains: one of sixteen would be waited for
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+        four[i & 3] = i < 4 ? fabsf(v[i]) : max_nan(four[i & 3], fabsf(v[i]));
+    float amax = max_nan(max_nan(four[0], four[1]), max_nan(four[2], four[3]));
+    amax = max_nan(amax, __shfl_xor_sync(~0u, amax, 1));
+    const int exponent = __float_as_uint(amax) >> 23;
+    const bool finite = exponent < 255;
+    const bool first = (threadIdx.x & 1) == 0;
+    int byte = max(exponent, 2) - 2;
+    int shift = 0;
+    if (kOutput == FOLDED) {
+        const bool counts = finite && amax > 0.0f;
+        const int lowest = o.base + 127 - kLowest;
+        o.maximum = max(o.maximum, counts ? byte + 1 : 0);
+        o.raised += counts && byte < lowest && first;
+        byte = max(byte, lowest);
+        shift = min(byte - lowest, 30);
+    }
+    const float factor = __uint_as_float(u32(254 - min(byte, 253)) << 23) * o.factor;
+    u32 words[4];
+    if (kRounding == STOCHASTIC) {
+        words[0] = (k >> 4) + o.group_origin;
+        words[1] = line + o.line_origin;
+        words[2] = o.step;
+        words[3] = o.stream;
+        philox(words, o.key0, o.key1);
+    }
+    u32 h[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float low = v[2 * i] * factor, high = v[2 * i + 1] * factor;
+        if (kRounding == NEAREST_EVEN) low = nearest_even(low), high = nearest_even(high);
+        h[i] = pack_half2_rz(low, high);
+        if (kRounding == NEAREST_EVEN) continue;
+        if (kClip) h[i] = clip_half2(h[i]);
+        u32 up = 0x01000100u;
+        if (kRounding == STOCHASTIC)
+            up = __byte_perm(words[i / 2], 0, i % 2 ? 0x4342 : 0x4140) * 2 + 0x00010001u;
+        h[i] = (h[i] + up) & 0xFE00FE00u;
+    }
+    const bool inside = line < o.lines && k < o.length;
+    if (kOutput == FOLDED) {
+        // 2^14 and 2^(exponent - base), of which 2^-15 is subnormal; both products are exact.
+        const u32 half = max(u32(shift) << 10, 0x200u);
+        const u32 power = half << 16 | half;
+        u32 bytes[4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            h[i] = multiply_half2(multiply_half2(h[i], 0x74007400u), power);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)  // the upper byte of a half is its E5M2
+            bytes[i] = __byte_perm(h[2 * i], h[2 * i + 1], 0x7531);
+        if (!finite) bytes[0] = bytes[1] = bytes[2] = bytes[3] = 0x7F7F7F7Fu;
+        if (inside)
+            *reinterpret_cast<uint4*>(static_cast<u8*>(o.data) + size_t(line) * o.length + k) =
+                make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+    } else {
+        u32 nibbles[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const u32 codes = (h[i] >> 12 & 0x00080008u) | (h[i] >> 9 & 0x00070007u);
+            nibbles[i / 4] |= ((codes | codes >> 12) & 0xFFu) << (i % 4 * 8);
+        }
+        if (!finite) nibbles[0] = nibbles[1] = 0;
+        const size_t at = size_t(line) * o.length + k;
+        if (inside)
+            *reinterpret_cast<uint2*>(static_cast<u8*>(o.data) + at / 2) =
+                make_uint2(nibbles[0], nibbles[1]);
+        if (inside && first) o.scales[at / 32] = finite ? byte : 255;
+    }
+}
+
+__device__ __forceinline__ void encode_e4m3(const float (&v)[16], int line, int k, Output& o) {
+    if (line >= o.lines || k >= o.length) return;
+    u32 bytes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        bytes[i] = to_e4m3x2(v[4 * i] * o.factor, v[4 * i + 1] * o.factor) |
+                   to_e4m3x2(v[4 * i + 2] * o.factor, v[4 * i + 3] * o.factor) << 16;
+    *reinterpret_cast<uint4*>(static_cast<u8*>(o.data) + size_t(line) * o.length + k) =
+        make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+}
+
+// By the last CTA of a pass: settles the window and writes the tensor's scale 2^base.
+__device__ __forceinline__ void settle(int* window, float* scale, bool again) {
+    const int maximum = atomicExch(window + W_MAXIMUM, 0) - 1;
+    const int raised = atomicExch(window + W_PASS, 0);
+    int base = window[W_BASE];
+    bool redo = false;
+    if (!again && maximum >= 0) {
+        const int exponent = maximum - 127;
+        const bool fits = window[W_SET] && exponent <= base + kHighest && exponent >= base + kDrift;
+        const int wanted = fits ? base : max(exponent - kHeadroom, -126);
+        redo = wanted != base;
+        window[W_MOVED] += redo;
+        window[W_SET] = 1;
+        window[W_BASE] = base = wanted;
+    }
+    if (!redo) window[W_RAISED] += raised;
+    window[W_REDO] = redo;
+    window[W_TICKET] = 0;
+    *scale = __uint_as_float(u32(base + 127) << 23);
+}
+
+// Adds this CTA's part to the window; `shared` is two words of shared memory.
+__device__ __forceinline__ void finish(Output& o, int* window, float* scale, bool again,
+                                       int* shared) {
+    __syncthreads();
+    if (threadIdx.x < 2) shared[threadIdx.x] = 0;
+    __syncthreads();
+    const int maximum = __reduce_max_sync(~0u, o.maximum);
+    const int raised = __reduce_add_sync(~0u, o.raised);
+    if (threadIdx.x % 32 == 0) {
+        atomicMax(shared, maximum);
+        atomicAdd(shared + 1, raised);
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    atomicMax(window + W_MAXIMUM, shared[0]);
+    if (shared[1]) atomicAdd(window + W_PASS, shared[1]);
+    __threadfence();
+    if (atomicAdd(window + W_TICKET, 1) != int(gridDim.x) - 1) return;
+    __threadfence();
+    settle(window, scale, again);
+}

@@ -1,0 +1,390 @@
+"""MXFP4 on Hopper: signs, Hadamard transform, scales, rounding and folding into FP8 in one kernel.
+
+The kernel is ``cuda/mxfp4.cu``; it equals ``megafp4.numerics`` bit for bit, except that with a
+Hadamard transform of BF16 input the tensor core sums in another order, so that a code may differ
+where a value lies within FP32 rounding of a threshold.
+
+Folding: E2M1 times 2^(e - base), e the block's exponent, is exact in E5M2 for e - base from -15 to
+13, and the tensor's single scale 2^base goes to the GEMM's epilogue. The base is kept from call to
+call in a *window*, an int32 [8] CUDA tensor, zero to begin with and owned by one operand:
+
+=====  ==========================================================================
+field  meaning
+=====  ==========================================================================
+0      1 once the base has been chosen
+1      base
+2      1 between the two launches if the base has just moved; else 0
+3, 4   the running launch's largest E8M0 byte + 1 and its count of finished CTAs
+5      blocks *raised* so far: e < base - 15, encoded with the exponent base - 15
+6      how often the base was moved
+7      the running launch's raised blocks
+=====  ==========================================================================
+
+A base is the largest exponent - 10, at least -126. It moves when the largest exponent leaves
+[base + 4, base + 13]; a second launch then quantizes again and otherwise returns at once. Nothing
+waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megafp4_kernels.driver import Kernel, load, sm_count, tensor_map
+
+BLOCK = 32
+WINDOW = 8
+RAISED, MOVED = 5, 6  # fields of a window
+
+_TILE, _THREADS = 128, 256
+_ROUNDINGS = {"stochastic": 0, "nearest-even": 1, "nearest-away": 2}
+_OUTPUTS = {"": 0, "folded": 1, "packed": 2, "e4m3": 3}
+_Kind = tuple[str, int, str, bool]
+_FOUR_BITS = {"folded", "packed"}
+_OFFSETS = {"none": 0, "line": 1, "k": 2}
+_HADAMARD = (0, 16, 32, 64, 128)
+_SOURCES = (torch.bfloat16, torch.float32)
+
+
+class Plan(NamedTuple):
+    """How one output is quantized.
+
+    Attributes:
+        hadamard: Block of the random Hadamard transform: 0 (none), 16, 32, 64 or 128.
+        rounding: "stochastic", "nearest-even" or "nearest-away".
+        prescale: Factor after the scale is taken, 0 < prescale <= 1.
+        stream: Word 3 of the dither's Philox counter.
+        sign_stream: Word 3 of the signs' Philox counter.
+        sign_step: Step of the signs; -1: the position's.
+        offset: What the position's first token is added to: "line", "k" (it must then be a multiple
+            of 16) or "none".
+        output: "folded" or "packed".
+        window: State of a folded operand, int32 [8]; None: a fresh one, so that both launches run.
+    """
+
+    hadamard: int = 0
+    rounding: str = "nearest-even"
+    prescale: float = 1.0
+    stream: int = 0
+    sign_stream: int = 0
+    sign_step: int = -1
+    offset: str = "none"
+    output: str = "folded"
+    window: Tensor | None = None
+
+
+class Folded(NamedTuple):
+    """data: float8_e5m2 [lines, K] (float8_e4m3fn of an E4M3Plan); scale: FP32 [1]."""
+
+    data: Tensor
+    scale: Tensor
+
+
+class Packed(NamedTuple):
+    """codes: uint8 [lines, K / 2], even index in the low nibble; scales: uint8 [lines, K / 32]."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+class E4M3Plan(NamedTuple):
+    """Row output in E4M3: the codes of x * (1 / scale), saturating; scale is FP32 [1]."""
+
+    scale: Tensor
+
+
+def quantize(
+    x: Tensor,
+    position: Tensor,
+    row: Plan | E4M3Plan | None,
+    col: Plan | None,
+    *,
+    col_from_e4m3: Tensor | None = None,
+) -> tuple[Folded | Packed | None, Folded | Packed | None]:
+    """Quantize a matrix along its rows, its columns or both, in one pass over it.
+
+    Args:
+        x: BF16 or FP32 [rows, cols], contiguous along the columns, its rows 16-byte aligned.
+        position: int64 CUDA [3]: seed (as signed 64 bits), optimizer step, first token.
+        row: For the output of lines = rows, contracted over the columns.
+        col: For the output of lines = columns, contracted over the rows (the transpose).
+        col_from_e4m3: FP32 [1]: the col output quantizes the value of x's E4M3 code at this scale
+            instead of x.
+
+    Returns:
+        The row and the col output: Folded or Packed, None where there is no plan.
+
+    Raises:
+        ValueError: A plan, shape, dtype or device that the kernel cannot serve.
+        RuntimeError: No Hopper GPU or no cuda-bindings.
+    """
+    first, second = _arguments(row, x), _arguments(col, x)
+    out = torch.ops.megafp4.mxfp4_quantize.default(x, position, *first, *second, col_from_e4m3)
+    return _result(row, out[0], out[1]), _result(col, out[2], out[3])
+
+
+def unpack(packed: Packed, window: Tensor | None = None) -> Folded:
+    """Fold packed MXFP4; the base comes from the largest scale.
+
+    Args:
+        packed: Contiguous CUDA codes and scales.
+        window: int32 [8], whose count of raised blocks grows by the blocks more than 25 octaves
+            below the largest, whose values are rounded to E5M2.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not belong together.
+        RuntimeError: No Hopper GPU or no cuda-bindings.
+    """
+    return Folded(*torch.ops.megafp4.mxfp4_unpack.default(*packed, window))
+
+
+class _Side(NamedTuple):
+    """A plan in the order of the operator's schema."""
+
+    output: str
+    hadamard: int
+    rounding: str
+    prescale: float
+    streams: list[int]
+    offset: str
+    window: Tensor | None
+    scale: Tensor | None
+
+
+_SIDE = (
+    "str {0}_output, int {0}_hadamard, str {0}_rounding, float {0}_prescale, int[] {0}_streams, "
+    "str {0}_offset, Tensor({1}!)? {0}_window, Tensor? {0}_scale"
+)
+_SCHEMA = (
+    f"(Tensor x, Tensor position, {_SIDE.format('row', 'a')}, {_SIDE.format('col', 'b')}, "
+    "Tensor? e4m3_scale) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_FIELDS = len(_Side._fields)
+
+
+def _arguments(plan: Plan | E4M3Plan | None, x: Tensor) -> _Side:
+    if plan is None:
+        return _Side("", 0, "nearest-even", 1.0, [0, 0, -1], "none", None, None)
+    if isinstance(plan, E4M3Plan):
+        return _Side("e4m3", 0, "nearest-even", 1.0, [0, 0, -1], "none", None, plan.scale)
+    window = plan.window
+    if plan.output == "folded" and window is None:
+        window = torch.zeros(WINDOW, dtype=torch.int32, device=x.device)
+    return _Side(
+        plan.output,
+        plan.hadamard,
+        plan.rounding,
+        float(plan.prescale),
+        [plan.stream, plan.sign_stream, plan.sign_step],
+        plan.offset,
+        window if plan.output == "folded" else None,
+        None,
+    )
+
+
+def _result(plan: Plan | E4M3Plan | None, data: Tensor, scale: Tensor) -> Folded | Packed | None:
+    if plan is None:
+        return None
+    if isinstance(plan, E4M3Plan):
+        return Folded(data, plan.scale)
+    return Folded(data, scale) if plan.output == "folded" else Packed(data, scale)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[_Side, _Side, Tensor | None]:
+    return _Side(*arguments[:_FIELDS]), _Side(*arguments[_FIELDS : 2 * _FIELDS]), arguments[-1]
+
+
+def _fake_quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    row, col, e4m3_scale = _split(arguments)
+    if x.ndim != 2 or x.dtype not in _SOURCES or (x.numel() and x.stride(1) != 1):
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}: give a bfloat16 or float32 "
+            "matrix that is contiguous along its columns"
+        )
+    rows, cols = x.shape
+    if cols * x.element_size() % 16 or x.stride(0) * x.element_size() % 16:
+        raise ValueError(
+            f"a row of x has {cols} elements of {x.dtype} at a stride of {x.stride(0)}: make both "
+            f"multiples of {16 // x.element_size()}, so that rows are 16-byte aligned"
+        )
+    _check_tensor("position", position, x, torch.int64, 3)
+    if e4m3_scale is not None:
+        _check_tensor("col_from_e4m3", e4m3_scale, x, torch.float32, 1)
+    _check_side("row", row, x, cols)
+    _check_side("col", col, x, rows)
+    return *_empty(row, x, rows, cols), *_empty(col, x, cols, rows)
+
+
+def _empty(side: _Side, x: Tensor, lines: int, length: int) -> tuple[Tensor, Tensor]:
+    """The output's two tensors; empty ones where there is nothing to return."""
+    if side.output == "folded":
+        data = x.new_empty((lines, length), dtype=torch.float8_e5m2)
+        return data, x.new_empty((1,), dtype=torch.float32)
+    if side.output == "packed":
+        codes = x.new_empty((lines, length // 2), dtype=torch.uint8)
+        return codes, x.new_empty((lines, length // BLOCK), dtype=torch.uint8)
+    if side.output == "e4m3":
+        data = x.new_empty((lines, length), dtype=torch.float8_e4m3fn)
+        return data, x.new_empty((0,), dtype=torch.float32)
+    return x.new_empty((0,), dtype=torch.uint8), x.new_empty((0,), dtype=torch.uint8)
+
+
+def _check_tensor(name: str, t: Tensor, x: Tensor, dtype: torch.dtype, length: int) -> None:
+    if t.dtype != dtype or t.shape != (length,) or t.device != x.device:
+        raise ValueError(
+            f"{name} is {t.dtype} {list(t.shape)} on {t.device}: give {dtype} [{length}] on "
+            f"{x.device}, where x is"
+        )
+
+
+def _check_side(name: str, side: _Side, x: Tensor, length: int) -> None:
+    """Raise ValueError, in one sentence, for a plan that the kernel cannot serve."""
+    for field, value, allowed in (
+        ("output", side.output, _OUTPUTS),
+        ("hadamard", side.hadamard, _HADAMARD),
+        ("rounding", side.rounding, _ROUNDINGS),
+        ("offset", side.offset, _OFFSETS),
+    ):
+        if value not in allowed:
+            choices = ", ".join(str(choice) for choice in allowed if choice != "")
+            raise ValueError(f"{field} of the {name} plan is {value!r}: choose one of {choices}")
+    if not 0.0 < side.prescale <= 1.0:
+        raise ValueError(f"prescale of the {name} plan is {side.prescale}: give a number in (0, 1]")
+    if not side.output:
+        return
+    unit = 16 if side.output == "e4m3" else max(BLOCK, side.hadamard)
+    if length % unit:
+        raise ValueError(
+            f"the {name} output contracts over {length} elements: pad x to a multiple of {unit}"
+        )
+    if side.scale is not None:
+        _check_tensor("the E4M3 scale", side.scale, x, torch.float32, 1)
+    if side.window is not None:
+        _check_tensor(f"window of the {name} plan", side.window, x, torch.int32, WINDOW)
+
+
+@functools.lru_cache(maxsize=256)
+def _config(
+    fp32: bool, row: _Kind, col: _Kind, from_e4m3: bool, device: int
+) -> tuple[Kernel, int, int]:
+    """The kernel, how many CTAs fill the GPU, and their bytes of shared memory."""
+    defines = kernel_defines(fp32, row, col, from_e4m3)
+    options = dict(defines)
+    stages, per_sm = int(options["STAGES"]), int(options["CTAS"])
+    shared = stages * _TILE * _TILE * (4 if fp32 else 2) + 1024  # 1024: room to align
+    return load("mxfp4.cu", "quantize", defines, device), sm_count(device) * per_sm, shared
+
+
+def kernel_defines(
+    fp32: bool, row: _Kind, col: _Kind, from_e4m3: bool
+) -> tuple[tuple[str, str | int], ...]:
+    """Macros of ``cuda/mxfp4.cu``; a side is (output, hadamard, rounding, can exceed 6)."""
+    # Measured on an H200: what keeps the most warps busy without spilling registers.
+    long = 128 in (row[1], col[1])
+    two = _FOUR_BITS.issuperset((row[0], col[0]))
+    stages, ctas = (3, 1) if fp32 else (3, 2) if long else (2, 3) if two else (2, 2)
+    defines: dict[str, str | int] = {"FP32_INPUT": int(fp32), "COL_FROM_E4M3": int(from_e4m3)}
+    for name, (output, g, rounding, clips) in (("ROW", row), ("COL", col)):
+        defines |= {name: _OUTPUTS[output], f"{name}_G": g, f"{name}_CLIP": int(clips)}
+        defines[f"{name}_ROUNDING"] = _ROUNDINGS[rounding]
+    return (*defines.items(), ("STAGES", stages), ("CTAS", ctas))
+
+
+def _quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    outputs = _fake_quantize(x, position, *arguments)
+    row, col, e4m3_scale = _split(arguments)
+    if not row.output and not col.output:
+        return outputs
+    rows, cols = x.shape
+    if not rows * cols:
+        for side, scale in ((row, outputs[1]), (col, outputs[3])):
+            if side.output == "folded":
+                scale.fill_(1.0)
+        return outputs
+    kinds = [(s.output, s.hadamard, s.rounding, s.prescale > 0.75) for s in (row, col)]
+    fp32, from_e4m3 = x.dtype == torch.float32, e4m3_scale is not None
+    kernel, ctas, shared = _config(fp32, *kinds, from_e4m3, x.device.index)
+    source = tensor_map(x, (_TILE, 128 // x.element_size()), 128)
+    tiles = -(-rows // _TILE) * -(-cols // _TILE)
+    arguments = (
+        *(source, rows, cols, position, e4m3_scale),
+        *_side_arguments(row, outputs[0], outputs[1]),
+        *_side_arguments(col, outputs[2], outputs[3]),
+    )
+    grid = (min(tiles, ctas), 1, 1)
+    kernel.launch(grid, _THREADS, shared, *arguments, 0)
+    if "folded" in (row.output, col.output):
+        # Returns at once unless a window's base has moved.
+        kernel.launch(grid, _THREADS, shared, *arguments, 1)
+    for side in (row, col):
+        if side.window is not None:
+            torch.autograd.graph.increment_version(side.window)
+    return outputs
+
+
+def _side_arguments(side: _Side, data: Tensor, scale: Tensor) -> tuple[Any, ...]:
+    if not side.output:
+        return (None, None, None, None, 1.0, 0, 0, -1, 0)
+    return (
+        data,
+        scale if side.output == "packed" else None,
+        side.scale if side.output == "e4m3" else scale,
+        side.window,
+        side.prescale,
+        *((word + 2**31) % 2**32 - 2**31 for word in side.streams),  # as int32
+        _OFFSETS[side.offset],
+    )
+
+
+def _fake_unpack(codes: Tensor, scales: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (codes.shape[0], codes.shape[1] * 2 // BLOCK) if codes.ndim == 2 else None
+    for name, t in (("codes", codes), ("scales", scales)):
+        if t.dtype != torch.uint8 or not t.is_contiguous():
+            raise ValueError(
+                f"{name} is {t.dtype} with strides {t.stride()}: give contiguous uint8"
+            )
+    if shape is None or codes.shape[1] * 2 % BLOCK or scales.shape != shape:
+        raise ValueError(
+            f"codes are {list(codes.shape)} and scales {list(scales.shape)}: give [lines, K / 2] "
+            "and [lines, K / 32], K a multiple of 32"
+        )
+    if window is not None:
+        _check_tensor("window", window, codes, torch.int32, WINDOW)
+    data = codes.new_empty((shape[0], codes.shape[1] * 2), dtype=torch.float8_e5m2)
+    return data, codes.new_empty((1,), dtype=torch.float32)
+
+
+def _unpack(codes: Tensor, scales: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
+    data, scale = _fake_unpack(codes, scales, window)
+    blocks = scales.numel()
+    if not blocks:
+        return data, scale.fill_(1.0)
+    device = codes.device.index
+    state = torch.zeros(1, dtype=torch.int32, device=codes.device)
+    ctas = -(-blocks // _THREADS)
+    most = min(ctas, 8 * sm_count(device))
+    find, fold = (load("mxfp4_unpack.cu", name, (), device) for name in ("largest", "unpack"))
+    find.launch((most, 1, 1), _THREADS, 0, scales, blocks, state)
+    rest = (codes, scales, blocks, state, data, scale, window)
+    fold.launch((ctas, 1, 1), _THREADS, 0, *rest)
+    if window is not None:
+        torch.autograd.graph.increment_version(window)
+    return data, scale
+
+
+# Defined without torch.library.custom_op, whose call takes tens of microseconds more.
+for _name, _signature, _run, _fake in (
+    ("mxfp4_quantize", _SCHEMA, _quantize, _fake_quantize),
+    (
+        "mxfp4_unpack",
+        "(Tensor codes, Tensor scales, Tensor(a!)? window) -> (Tensor, Tensor)",
+        _unpack,
+        _fake_unpack,
+    ),
+):
+    torch.library.define(f"megafp4::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"megafp4::{_name}", "CompositeExplicitAutograd", _run)
+    torch.library.register_fake(f"megafp4::{_name}", _fake)
