@@ -102,13 +102,18 @@ def fp8_row(case: Case) -> Result:
     return line(x, 1) @ line(w, 1).T, line(dy, 1) @ line(w, 0), line(dy, 0).T @ line(x, 0)
 
 
-def fp4(dge: bool) -> Callable[[Case], Result]:
+def fp4(dge: bool, folded: bool = False) -> Callable[[Case], Result]:
     def oracle(case: Case) -> Result:
         inner, outliers = case.x, torch.zeros_like(case.x)
         if dge:
             inner, outliers = numerics.clamp_outliers(case.x, 0.99, "signed")
         xq = cast(case, inner, "fp4-vector", 1, rounding="nearest-up")
         wq = cast(case, case.w, "fp4-vector", 1, rounding="nearest-up")
+        if folded:
+            scale = inner.abs().amax(1, keepdim=True) / 6
+            rounded = (case.x * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+            xq = torch.where(outliers == 0, xq, rounded.double() * scale)
+            outliers = torch.zeros_like(outliers)
         y = xq @ wq.T + bf16(outliers) @ bf16(case.w).T
         dy = cast(case, case.dy, "fp8-e5m2", 1)
         dx = dy @ cast(case, wq, "fp8-e4m3", 1)
@@ -177,6 +182,7 @@ ORACLES: dict[str, Callable[[Case], Result]] = {
     "mxfp4-sr": mxfp4("stochastic", None),
     "mxfp4-rtn": mxfp4("nearest-away", None),
     "fp4": fp4(dge=True),
+    "fp4-folded": fp4(dge=True, folded=True),
     "fp4-direct": fp4(dge=False),
     "dqt8": dqt(8),
     "dqt4": dqt(4),

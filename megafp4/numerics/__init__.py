@@ -1,6 +1,6 @@
 """What the numbers are: the bit-exact specification, in plain PyTorch, on any device."""
 
-from megafp4.numerics.estimators import clamp_outliers, dge_multiplier
+from megafp4.numerics.estimators import clamp_outliers, dge_multiplier, fold_outliers
 from megafp4.numerics.formats import Format, Integer, Minifloat, Scaling, formats, get_format
 from megafp4.numerics.grid import GridWeight
 from megafp4.numerics.hadamard import hadamard, hadamard_signs
@@ -25,6 +25,7 @@ __all__ = [
     "dge_multiplier",
     "dither",
     "encode",
+    "fold_outliers",
     "formats",
     "get_format",
     "hadamard",

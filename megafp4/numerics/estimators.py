@@ -7,12 +7,15 @@ largest activations out of the FP4 GEMM.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
 from megafp4.errors import ConfigError
-from megafp4.numerics.formats import E2M1
+from megafp4.numerics.formats import E2M1, get_format
+from megafp4.numerics.qtensor import QTensor, lookup
+from megafp4.numerics.quantize import encode
 
 
 def dge_multiplier(scaled: torch.Tensor, k: float = 5.0, cap: float = 3.0) -> torch.Tensor:
@@ -54,7 +57,8 @@ def clamp_outliers(
 
     Returns:
         (clamped, residual): x's dtype, and FP32, where the subtraction of BF16 values is exact
-        unless they lie more than 16 octaves apart. Tokens that hold NaN stay NaN.
+        unless they lie more than 16 octaves apart. What lies within the limits keeps its bits, what
+        lies beyond becomes the limit, and a limit of zero is +0. NaN stays NaN.
 
     Raises:
         ConfigError: alpha or mode is not allowed.
@@ -76,5 +80,38 @@ def clamp_outliers(
         above = max(1, features - int((2.0 * alpha - 1.0) * features))
         high = x.abs().topk(above, dim=-1).values[..., -1:]
         low = -high
-    clamped = torch.minimum(torch.maximum(x, low), high)
+    # Where -0 and +0 tie, what a selection returns is arbitrary; adding +0 makes both +0.
+    clamped = torch.where(x < low, low + 0.0, torch.where(x > high, high + 0.0, x))
     return clamped, x.float() - clamped.float()
+
+
+def fold_outliers(quantized: QTensor, x: torch.Tensor, clamped: torch.Tensor) -> QTensor:
+    """Put what was clamped off back into the codes, as E4M3: one GEMM instead of two.
+
+    Within the limits, an element keeps its E2M1 value, which E4M3 holds exactly. Beyond them it is
+    E4M3(x * (1 / scale)), to the nearest even, at most 448 times the scale. An outlier so meets the
+    quantized weight, as in the code released with 2501.17116, not the weight of its equation.
+
+    Args:
+        quantized: ``clamped`` in ``fp4-vector``, one scale per token.
+        x: FP32 [tokens, d], before the clamp.
+        clamped: First result of :func:`clamp_outliers`.
+
+    Returns:
+        ``fp8-e4m3`` with the scales of ``quantized``. Tokens that hold NaN or Inf become NaN.
+
+    Raises:
+        ConfigError: ``quantized`` has another format or other scales.
+    """
+    if quantized.format.name != "fp4-vector" or quantized.scaling != "vector":
+        raise ConfigError(
+            f"cannot fold outliers into {quantized.format.name!r} with {quantized.scaling} scaling:"
+            " quantize to 'fp4-vector' with one scale per token"
+        )
+    e4m3 = get_format("fp8-e4m3")
+    scales = torch.where(x.isfinite().all(-1, keepdim=True), quantized.scales, torch.nan)
+    outer = encode(x, e4m3, scales, quantized.axis, scaling="vector")
+    ladder = quantized.format.table.to(x.device)
+    inner = encode(ladder, e4m3, ladder.new_ones(1), scaling="tensor").codes
+    codes = torch.where(clamped == x, lookup(inner, quantized.codes), outer.codes)
+    return replace(outer, codes=torch.where(scales.isnan(), 0, codes))

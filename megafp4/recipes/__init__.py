@@ -1,12 +1,10 @@
 """Which numbers go where: recipes as data, the published ones, and schedules between them."""
 
+from megafp4.recipes.estimators import DGE, OCC, STE
 from megafp4.recipes.library import get_recipe, recipe_names
 from megafp4.recipes.recipe import (
-    DGE,
     GEMMS,
     HIGH_PRECISION,
-    OCC,
-    STE,
     Gemm,
     GemmSpec,
     GridSpec,

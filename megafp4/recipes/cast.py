@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,11 +13,64 @@ from megafp4.numerics import (
     QTensor,
     clamp_outliers,
     dge_multiplier,
+    fold_outliers,
     hadamard,
     hadamard_signs,
     quantize,
 )
-from megafp4.recipes.recipe import DGE, GemmSpec, OperandSpec, Side
+from megafp4.recipes.estimators import DGE
+from megafp4.recipes.recipe import GemmSpec, OperandSpec, Side
+
+
+@dataclass(frozen=True)
+class CastRequest:
+    """One operand that is wanted of a matrix."""
+
+    gemm: GemmSpec
+    side: Side
+    axis: int
+    """Contraction axis, 0 or 1."""
+    key: Key
+    """Random key of the operand."""
+    origin: tuple[int, int] = (0, 0)
+    """Global (line, k) of the first element."""
+    segments: tuple[int, ...] | None = None
+    """Row counts of the matrices fused in it, see :func:`cast`."""
+    through: CastRequest | None = None
+    """The operand whose value is cast, where it is not the matrix itself."""
+    packed: bool = False
+    """Whether the operand is to be kept for a while, its codes packed."""
+
+    @property
+    def operand(self) -> OperandSpec:
+        """How the operand is cast."""
+        return self.gemm.side(self.side)
+
+
+def cast_from(x: Tensor, request: CastRequest) -> tuple[QTensor | Tensor, Tensor]:
+    """Cast a matrix, or the value of another operand made of it.
+
+    Args:
+        x: FP32 or BF16 [rows, cols].
+        request: The operand; its ``packed`` is up to the caller.
+
+    Returns:
+        As :func:`cast`.
+    """
+    if request.through is not None:
+        inner, outliers = split_outliers(x, request.through.operand)
+        used, _ = cast_from(inner, request.through)
+        x = value(used, request.through.operand)
+        x = x if outliers is None else x + outliers
+    return cast(
+        x,
+        request.gemm,
+        request.side,
+        request.axis,
+        request.key,
+        request.origin,
+        request.segments,
+    )
 
 
 def cast(
@@ -32,7 +85,7 @@ def cast(
     """Turn a matrix into one operand of a GEMM: Hadamard, prescale, quantize; or a plain cast.
 
     Args:
-        x: FP32 or BF16 [rows, cols].
+        x: FP32 or BF16 [rows, cols]; outliers that are folded in are still there.
         spec: The GEMM.
         side: Which operand of it x is.
         axis: Contraction axis, 0 or 1.
@@ -53,6 +106,10 @@ def cast(
         return x.to(operand.dtype), x
     if spec.hadamard:
         x = hadamard(x, spec.hadamard, axis, _signs(spec, key, x.device))
+    inner = x
+    if operand.folds_outliers and operand.clamp:
+        x = x.float()
+        inner, _ = clamp_outliers(x, operand.clamp.alpha, operand.clamp.mode)
     split = operand.statistic == "absmean" and operand.shared_scale == "tensor" and segments
     parts = [
         quantize(
@@ -67,10 +124,13 @@ def cast(
             dither_bits=operand.dither_bits,
             origin=origin,
         )
-        for part in (torch.split(x, list(segments)) if split and segments else (x,))
+        for part in (torch.split(x, list(segments)) if split and segments else (inner,))
     ]
+    joined = _join(parts)
+    if operand.folds_outliers:
+        joined = fold_outliers(joined, x, inner)
     seen = x if operand.prescale == 1 else x.float() * operand.prescale
-    return _join(parts), seen
+    return joined, seen
 
 
 def split_outliers(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor | None]:
@@ -82,13 +142,13 @@ def split_outliers(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor | None]
 
     Returns:
         (what is to be quantized, what was cut off), FP32; the latter None if nothing is to be
-        multiplied on the side.
+        multiplied on the side. Outliers that :func:`cast` folds in stay in x.
     """
-    if spec.clamp is None:
+    if spec.clamp is None or spec.folds_outliers:
         return x, None
     # In FP32: a difference of two BF16 values would be rounded to BF16.
     clamped, residual = clamp_outliers(x.float(), spec.clamp.alpha, spec.clamp.mode)
-    return clamped, residual if spec.clamp.residual else None
+    return clamped, residual if spec.clamp.residual == "exact" else None
 
 
 def dge_slope(weight: Tensor, operand: QTensor | Tensor, dge: DGE) -> Tensor:

@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megafp4.numerics import get_format
+from megafp4.recipes.estimators import DGE
 from megafp4.recipes.exemptions import NEVER_QUANTIZED
 from megafp4.recipes.library import get_recipe, recipe_names
-from megafp4.recipes.recipe import DGE, Gemm, GemmSpec, OperandSpec, Recipe
+from megafp4.recipes.recipe import Gemm, GemmSpec, OperandSpec, Recipe
 
 # GEMM -> result, (operand a, operand b), contracted dimension.
 _GEMMS: dict[Gemm, tuple[str, tuple[str, str], str]] = {
@@ -143,7 +144,11 @@ def _origin(tensor: str, operand: OperandSpec) -> str:
     }[operand.source]
     if operand.clamp is None:
         return origin
-    kept = "outliers multiplied in BF16" if operand.clamp.residual else "outliers dropped"
+    kept = {
+        "exact": "outliers multiplied in BF16",
+        "folded": "outliers put back as E4M3",
+        "none": "outliers dropped",
+    }[operand.clamp.residual]
     return (
         f"{origin}, clamped per token at quantile {operand.clamp.alpha:g} ({operand.clamp.mode}), "
         + kept

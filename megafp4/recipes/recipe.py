@@ -27,6 +27,7 @@ from megafp4.errors import ConfigError, unknown_name
 from megafp4.numerics import Rounding, Scaling, Statistic, formats, get_format
 from megafp4.numerics.formats import E2M1
 from megafp4.numerics.grid import grid_format
+from megafp4.recipes.estimators import DGE, OCC, STE
 
 HIGH_PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Operand formats that are plain tensors: a cast, no codes and no scales."""
@@ -39,6 +40,11 @@ Source = Literal["original", "fprop", "grid"]
 """Where an operand starts from: the tensor itself, the value that fprop multiplied (decoded), or
 the weight codes as stored by a recipe with a :class:`GridSpec`."""
 
+SavedAs = Literal["input", "operand", "packed"]
+"""How wgrad's activation waits for backward: ``input`` is x as it is; ``operand`` what the GEMM
+will multiply, quantized in forward already; ``packed`` the same, its codes packed. No number
+depends on it, because random bits depend on what they are for, never on when they are drawn."""
+
 # What each GEMM contracts over, and what a user can do about its length.
 _CONTRACTION: dict[Gemm, tuple[str, str]] = {
     "fprop": ("input features", "pad the layer, exempt it or choose another recipe"),
@@ -46,43 +52,7 @@ _CONTRACTION: dict[Gemm, tuple[str, str]] = {
     "wgrad": ("tokens", "choose micro-batch x sequence length to be a multiple"),
 }
 _DITHER_BITS = (8, 16, 32)
-
-
-@dataclass(frozen=True)
-class STE:
-    """Straight-through estimator: the weight gradient ignores the rounding."""
-
-
-@dataclass(frozen=True)
-class DGE:
-    """Differentiable gradient estimator: dW *= min(|u|^(1/k - 1) / k, cap) [2501.17116, eq. 8]."""
-
-    k: float = 5.0
-    cap: float = 3.0
-
-    def __post_init__(self) -> None:
-        if not (1 <= self.k < math.inf and 0 < self.cap < math.inf):
-            raise ConfigError(
-                f"DGE has k={self.k} and cap={self.cap}: give k >= 1 and cap > 0, both finite"
-            )
-
-
-@dataclass(frozen=True)
-class OCC:
-    """Outlier clamping and compensation of activations, per token [2501.17116, section 3.2]."""
-
-    alpha: float = 0.99
-    """Quantile beyond which a token's features are clamped."""
-    mode: Literal["signed", "magnitude"] = "signed"
-    """``signed``: quantiles of the values, as published; ``magnitude``: of the magnitudes."""
-    residual: bool = True
-    """Whether what was cut off is multiplied in high precision and added back."""
-
-    def __post_init__(self) -> None:
-        if not 0.5 < self.alpha < 1.0:
-            raise ConfigError(f"OCC has alpha={self.alpha}: give a quantile between 0.5 and 1")
-        if self.mode not in ("signed", "magnitude"):
-            raise unknown_name("OCC mode", self.mode, ("signed", "magnitude"))
+_STRAIGHT_THROUGH = STE()
 
 
 @dataclass(frozen=True)
@@ -105,15 +75,18 @@ class OperandSpec:
     prescale: float = 1.0
     """Factor applied after the scale is taken; the GEMM's alpha divides it out again."""
     source: Source = "original"
-    estimator: STE | DGE = STE()
+    estimator: STE | DGE = _STRAIGHT_THROUGH
     """Derivative of the rounding; only fprop's weight has one that matters."""
     clamp: OCC | None = None
+    saved_as: SavedAs = "input"
+    """How wgrad.b is kept from forward to backward."""
 
     def __post_init__(self) -> None:
         for name, given, allowed in (
             ("rounding", self.rounding, get_args(Rounding)),
             ("statistic", self.statistic, get_args(Statistic)),
             ("operand source", self.source, get_args(Source)),
+            ("saved_as", self.saved_as, get_args(SavedAs)),
             ("operand format", self.format, (*HIGH_PRECISION, *formats())),
         ):
             if given not in allowed:
@@ -132,10 +105,12 @@ class OperandSpec:
             )
         if isinstance(self.estimator, DGE):
             self._check_dge()
+        if self.folds_outliers:
+            self._check_folded()
 
     def _check_plain_cast(self) -> None:
         plain = OperandSpec.__dataclass_fields__
-        for name in ("scaling", "statistic", "rounding", "prescale", "clamp"):
+        for name in ("scaling", "statistic", "rounding", "prescale", "clamp", "saved_as"):
             if getattr(self, name) != plain[name].default:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} has no meaning for a {self.format} operand: "
@@ -150,6 +125,18 @@ class OperandSpec:
             )
         if self.prescale != 1:
             raise ConfigError(f"DGE assumes unscaled weights: drop prescale={self.prescale}")
+
+    def _check_folded(self) -> None:
+        if self.format != "fp4-vector" or self.shared_scale != "vector" or self.prescale != 1:
+            raise ConfigError(
+                f"OCC folds outliers into E2M1 codes with one scale per token, not {self}: choose "
+                "format 'fp4-vector' without prescale, or residual 'exact' or 'none'"
+            )
+
+    @property
+    def folds_outliers(self) -> bool:
+        """Whether the operand is multiplied as E4M3: E2M1 values, and outliers put back."""
+        return self.clamp is not None and self.clamp.residual == "folded"
 
     @property
     def quantized(self) -> bool:
@@ -180,7 +167,8 @@ class OperandSpec:
         if self.prescale != 1:
             notes.append(f"x{self.prescale:g}")
         if self.clamp is not None:
-            notes.append(f"OCC {self.clamp.alpha:g}")
+            kept = "" if self.clamp.residual == "exact" else f" {self.clamp.residual}"
+            notes.append(f"OCC {self.clamp.alpha:g}{kept}")
         if isinstance(self.estimator, DGE):
             notes.append(f"DGE {self.estimator.k:g}")
         return self.format + (f"({', '.join(notes)})" if notes else "")
@@ -222,6 +210,11 @@ class GemmSpec:
                 raise ConfigError(
                     f"operand {side} of a GEMM with a Hadamard transform {how}: quantize both "
                     "along the contraction axis, or drop the transform"
+                )
+            if spec.folds_outliers:
+                raise ConfigError(
+                    f"operand {side} folds outliers, which a Hadamard transform would spread: drop "
+                    "the transform, or choose OCC residual 'exact' or 'none'"
                 )
             if g % spec.block:
                 raise ConfigError(
@@ -309,6 +302,10 @@ class Recipe:
                 raise ConfigError(f"{where}: DGE belongs to the forward weight, fprop.b")
             if spec.clamp is not None and (gemm, side) != ("fprop", "a"):
                 raise ConfigError(f"{where}: OCC belongs to the forward activation, fprop.a")
+            if spec.saved_as != "input" and (gemm, side) != ("wgrad", "b"):
+                raise ConfigError(
+                    f"{where}: saved_as belongs to the activation that waits for wgrad, wgrad.b"
+                )
             if spec.source == "fprop" and (gemm == "fprop" or side == "a"):
                 raise ConfigError(
                     f"{where}: only dgrad.b and wgrad.b can start from the value fprop used"

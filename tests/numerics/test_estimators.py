@@ -194,3 +194,37 @@ def test_occ_refuses_a_quantile_that_makes_no_sense(alpha: float) -> None:
 def test_occ_refuses_an_unknown_mode() -> None:
     with pytest.raises(ConfigError, match="both"):
         numerics.clamp_outliers(torch.zeros(2, 8), 0.99, "both")  # type: ignore[arg-type]
+
+
+def test_folded_outliers_are_e4m3_and_the_rest_stays_e2m1(generator: torch.Generator) -> None:
+    x = torch.randn(32, 400, generator=generator) * 3
+    x[:, ::100] *= 20
+    clamped, residual = numerics.clamp_outliers(x, 0.97)
+    inner = numerics.quantize(clamped, "fp4-vector", 1, "nearest-up")
+    folded = numerics.fold_outliers(inner, x, clamped)
+    assert (folded.format.name, folded.scaling) == ("fp8-e4m3", "vector")
+    assert torch.equal(folded.scales, inner.scales)
+    outlier = residual != 0
+    assert torch.equal(folded.dequantize()[~outlier], inner.dequantize()[~outlier])
+    error = ((folded.dequantize() - x).abs() / x.abs())[outlier]
+    assert 0.01 < error.max().item() <= 2**-4 * (1 + 1e-6)
+
+
+def test_folded_outliers_saturate_and_infinity_is_not_hidden() -> None:
+    x = torch.linspace(-1, 1, 100).repeat(3, 1)
+    x[0, 5], x[1, 5], x[2, 5] = 1e4, torch.inf, torch.nan
+    clamped, _ = numerics.clamp_outliers(x, 0.97)
+    inner = numerics.quantize(clamped, "fp4-vector", 1, "nearest-up")
+    folded = numerics.fold_outliers(inner, x, clamped)
+    assert folded.dequantize()[0, 5] == 448 * inner.scales[0, 0]
+    assert folded.dequantize()[1:].isnan().all()
+    assert (folded.codes[1:] == 0).all()
+    with pytest.raises(ConfigError, match="cannot fold outliers into 'int8'"):
+        numerics.fold_outliers(numerics.quantize(clamped, "int8", 1), x, clamped)
+
+
+def test_occ_limits_of_zero_are_positive() -> None:
+    x = torch.tensor([[-1.0, -0.0, -0.0, 0.0, 2.0, -0.0, 0.0, 0.0, -0.0, -0.0]])
+    clamped, _ = numerics.clamp_outliers(x, 0.8)
+    negative = {1, 2, 5, 8, 9}  # zeros inside the limits keep their sign
+    assert {i for i in range(10) if clamped[0, i].signbit()} == negative

@@ -17,7 +17,7 @@ from megafp4.recipes import (
     get_recipe,
     recipe_names,
 )
-from megafp4.recipes.library import fp4, mxfp4, nvfp4
+from megafp4.recipes.library import fp4, fp4_folded, mxfp4, nvfp4
 
 BF16 = "bf16 x bf16"
 SR = "mxfp4(stochastic, x0.75)"
@@ -38,6 +38,11 @@ TABLE = {
     "mxfp4-rtn": (BF16, f"{AWAY} x {AWAY}", f"{AWAY} x {AWAY}"),
     "fp4": (
         "fp4-vector(nearest-up, OCC 0.99) x fp4-vector(nearest-up, DGE 5)",
+        BACKWARD_FP8,
+        BACKWARD_FP8,
+    ),
+    "fp4-folded": (
+        "fp4-vector(nearest-up, OCC 0.99 folded) x fp4-vector(nearest-up, DGE 5)",
         BACKWARD_FP8,
         BACKWARD_FP8,
     ),
@@ -115,7 +120,8 @@ def test_only_dqt_has_grids() -> None:
 
 
 def test_published_parameters() -> None:
-    assert fp4().fprop.a.clamp == OCC(0.99, "signed", residual=True)
+    assert fp4().fprop.a.clamp == OCC(0.99, "signed", residual="exact")
+    assert fp4_folded().fprop.a.clamp == OCC(0.99, "signed", residual="folded")
     assert fp4().fprop.b.estimator == DGE(5.0, 3.0)
     assert mxfp4().dgrad.signs == "random"
     assert nvfp4().wgrad.signs == "fixed"

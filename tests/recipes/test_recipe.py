@@ -44,6 +44,15 @@ GRID = OperandSpec("int8", source="grid")
         (lambda: DGE(cap=math.inf), "DGE has k=5.0 and cap=inf: .* both finite"),
         (lambda: OCC(alpha=0.3), "OCC has alpha=0.3: give a quantile between 0.5 and 1"),
         (lambda: OCC(mode="both"), "unknown OCC mode 'both'"),
+        (lambda: OCC(residual=True), "unknown OCC residual 'True'"),
+        (
+            lambda: OperandSpec("int8", clamp=OCC(residual="folded")),
+            "folds outliers into E2M1 codes with one scale per token, not int8",
+        ),
+        (
+            lambda: GemmSpec(replace(E2M1, clamp=OCC(residual="folded")), E2M1, hadamard=16),
+            "operand a folds outliers, which a Hadamard transform would spread",
+        ),
         (lambda: GridSpec(5), "no weight grid has 5 bits"),
         (lambda: GridSpec(8, range=0), "grid range is 0: give a positive"),
         (lambda: GridSpec(8, range=math.inf), "grid range is inf: give a positive, finite factor"),
