@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megafp4.backends import Backend, Operand, operand_format, resolve_backend
+from megafp4.backends import Backend, Operand, Slope, operand_format, resolve_backend
+from megafp4.backends.base import hollow, refill
 from megafp4.errors import ConfigError, UnsupportedError
 from megafp4.numerics import Key, QTensor
 from megafp4.numerics.grid import GridWeight
 from megafp4.numerics.grid_linear import GridLinear
 from megafp4.precision import Position, Precision, WeightCache
 from megafp4.recipes import DGE, GEMMS, Gemm, Recipe, Side, get_recipe
-from megafp4.recipes.cast import cast, dge_slope, split_outliers, value
+from megafp4.recipes.cast import CastRequest, cast_from, split_outliers
 
 FP32 = torch.float32
 # Contraction axis of a and of b, as in the table above.
@@ -67,49 +68,130 @@ class LinearOp:
         for gemm in GEMMS:
             self.backend.check(self.recipe.gemm(gemm).a.format, self.recipe.gemm(gemm).b.format)
 
-    def fprop(self, x: Tensor, weight: Tensor, at: Position) -> tuple[Tensor, Tensor]:
-        """x [tokens, in], W [out, in] -> FP32 y [tokens, out], and the x that wgrad starts from."""
+    def fprop(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        at: Position,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = FP32,
+        *,
+        keep: bool = True,
+    ) -> tuple[Tensor, Operand]:
+        """x [tokens, in], W [out, in] -> y [tokens, out], and what wgrad needs of x.
+
+        Args:
+            x: FP32 or BF16 [tokens, in].
+            weight: [out, in].
+            at: Where in the run this is.
+            bias: [out], added in FP32.
+            out_dtype: Type of y, rounded to once.
+            keep: Whether there will be a wgrad.
+        """
         spec = self.recipe.fprop.a
+        requests = [self._request("fprop", "a", at)]
+        early = keep and self.recipe.wgrad.b.saved_as != "input"
+        if early:
+            requests.append(self._request("wgrad", "b", at))
         inner, outliers = split_outliers(x, spec)
-        a = self._cast("fprop", "a", inner, at)
-        y = self._multiply("fprop", a, self._weight("fprop", weight, at))
-        if outliers is not None:
+        if inner is x:
+            a, *saved = self._cast(x, requests)
+        else:
+            (a,), saved = self._cast(inner, requests[:1]), self._cast(x, requests[1:])
+        b = self._weight("fprop", weight, at)
+        if outliers is None:
+            y = self._multiply("fprop", a, b, out_dtype, bias=bias)
+        else:
             # What was clamped off meets the weight as it is [2501.17116, section 3.2].
+            y = self._multiply("fprop", a, b)
             dense = self._dense(weight).bfloat16()
             y += self._multiply("residual", outliers.bfloat16(), dense)
-        if self.recipe.wgrad.b.source != "fprop":
-            return y, x
-        return y, value(a, spec) if outliers is None else value(a, spec) + outliers
+            y = (y if bias is None else y + bias).to(out_dtype)
+        return y, saved[0] if early else x
 
     def dgrad(self, dy: Tensor, weight: Tensor, at: Position) -> Tensor:
         """dy [tokens, out], W [out, in] -> dx [tokens, in] in dy's dtype."""
-        a = self._cast("dgrad", "a", dy, at)
-        return self._multiply("dgrad", a, self._weight("dgrad", weight, at), dy.dtype)
+        (a,) = self._cast(dy, [self._request("dgrad", "a", at)])
+        return self._dgrad(a, weight, at, dy.dtype)
 
-    def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, at: Position) -> Tensor:
-        """dy [tokens, out], x [tokens, in] as fprop returned it -> dW [out, in] in W's dtype."""
-        a, b = self._cast("wgrad", "a", dy, at), self._cast("wgrad", "b", x, at)
-        dw = self._multiply("wgrad", a, b)
-        if isinstance(dge := self.recipe.fprop.b.estimator, DGE):
-            dw *= dge_slope(self._dense(weight), self._weight("fprop", weight, at), dge)
-        return dw.to(weight.dtype)
+    def wgrad(self, dy: Tensor, kept: Operand, weight: Tensor, at: Position) -> Tensor:
+        """dy [tokens, out], what fprop kept -> dW [out, in] in W's dtype."""
+        (a,) = self._cast(dy, [self._request("wgrad", "a", at)])
+        return self._wgrad(a, kept, weight, at)
+
+    def backward(
+        self,
+        dy: Tensor,
+        kept: Operand,
+        weight: Tensor,
+        at: Position,
+        accumulate_into: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both gradients, dy cast for both GEMMs at once.
+
+        Args:
+            dy: [tokens, out].
+            kept: What fprop kept.
+            weight: [out, in].
+            at: Position of the forward pass.
+            accumulate_into: FP32 [out, in] that dW is added to.
+        """
+        a, b = self._cast(dy, [self._request("dgrad", "a", at), self._request("wgrad", "a", at)])
+        dx = self._dgrad(a, weight, at, dy.dtype)
+        return dx, self._wgrad(b, kept, weight, at, accumulate_into)
 
     def forget_weights(self) -> None:
         """Quantize the weight anew when it is next multiplied."""
         self._cache.clear()
 
-    def _cast(self, gemm: Gemm, side: Side, x: Tensor, at: Position) -> Operand:
-        """Apply the recipe to one operand, at its place in the global batch."""
-        key = Key(self.precision.seed, at.step, self.layer, gemm, side)
+    def _dgrad(self, a: Operand, weight: Tensor, at: Position, dtype: torch.dtype) -> Tensor:
+        return self._multiply("dgrad", a, self._weight("dgrad", weight, at), dtype)
+
+    def _wgrad(
+        self,
+        a: Operand,
+        kept: Operand,
+        weight: Tensor,
+        at: Position,
+        accumulate_into: Tensor | None = None,
+    ) -> Tensor:
+        if self.recipe.wgrad.b.saved_as == "input":
+            assert isinstance(kept, Tensor)
+            (kept,) = self._cast(kept, [self._request("wgrad", "b", at)])
+        slope = None
+        if isinstance(dge := self.recipe.fprop.b.estimator, DGE):
+            slope = Slope(self._dense(weight), self._weight("fprop", weight, at), dge)
+        return self._multiply(
+            "wgrad", a, kept, weight.dtype, slope=slope, accumulate_into=accumulate_into
+        )
+
+    def _request(self, gemm: Gemm, side: Side, at: Position) -> CastRequest:
+        """Say how the recipe casts one operand, at its place in the global batch."""
         axis = _AXES[gemm]["ab".index(side)]
         is_weight = side == "b" and gemm != "wgrad"
         first = 0 if is_weight else at.first_token
-        origin = (first, 0) if axis == 1 else (0, first)
-        segments = self.segments if is_weight else None
-        operand, seen = cast(x, self.recipe.gemm(gemm), side, axis, key, origin, segments)
-        if self.precision.probe is not None and isinstance(operand, QTensor):
-            self.precision.probe(self.name, gemm, side, seen, operand)
-        return operand
+        spec = self.recipe.gemm(gemm)
+        through = spec.side(side).source == "fprop"
+        return CastRequest(
+            spec,
+            side,
+            axis,
+            Key(self.precision.seed, at.step, self.layer, gemm, side),
+            (first, 0) if axis == 1 else (0, first),
+            self.segments if is_weight else None,
+            self._request("fprop", side if is_weight else "a", at) if through else None,
+            spec.side(side).saved_as == "packed",
+        )
+
+    def _cast(self, x: Tensor, requests: list[CastRequest]) -> list[Operand]:
+        """Make operands of a matrix, and show them to whoever watches."""
+        if self.precision.probe is not None:
+            for request in requests:
+                operand, seen = cast_from(x, request)
+                if isinstance(operand, QTensor):
+                    gemm = str(request.key.gemm)
+                    self.precision.probe(self.name, gemm, request.side, seen, operand)
+        return self.backend.cast(x, requests)
 
     def _weight(self, gemm: Gemm, weight: Tensor, at: Position) -> Operand:
         """Operand b of fprop or dgrad, quantized once per step and version of the weight."""
@@ -121,20 +203,36 @@ class LinearOp:
     def _cast_weight(self, gemm: Gemm, weight: Tensor, at: Position) -> Operand:
         spec = self.recipe.gemm(gemm).b
         if self.grid and spec.source == "grid" and spec.quantized:
-            return self.grid.to_qtensor()
-        if spec.source == "fprop":
-            multiplied = value(self._weight("fprop", weight, at), self.recipe.fprop.b)
-            return self._cast(gemm, "b", multiplied, at)
-        return self._cast(gemm, "b", self._dense(weight), at)
+            return self.backend.adopt(self.grid.to_qtensor())
+        return self._cast(self._dense(weight), [self._request(gemm, "b", at)])[0]
 
     def _dense(self, weight: Tensor) -> Tensor:
         return self.grid.decode() if self.grid else weight
 
-    def _multiply(self, gemm: str, a: Operand, b: Operand, out: torch.dtype = FP32) -> Tensor:
-        formats = operand_format(a), operand_format(b)
-        self.precision.ledger.record(self.name, gemm, *formats, self.backend.name)
+    def _multiply(
+        self,
+        gemm: str,
+        a: Operand,
+        b: Operand,
+        out_dtype: torch.dtype = FP32,
+        *,
+        bias: Tensor | None = None,
+        slope: Slope | None = None,
+        accumulate_into: Tensor | None = None,
+    ) -> Tensor:
+        formats, who = (operand_format(a), operand_format(b)), self.backend.ran_as(a, b)
+        self.precision.ledger.record(self.name, gemm, *formats, who)
         alpha = 1.0 if gemm == "residual" else getattr(self.recipe, gemm).alpha
-        return self.backend.gemm(a, b, _AXES[gemm], alpha, out)
+        return self.backend.gemm(
+            a,
+            b,
+            _AXES[gemm],
+            alpha,
+            out_dtype,
+            bias=bias,
+            slope=slope,
+            accumulate_into=accumulate_into,
+        )
 
 
 def _in_backward() -> bool:
@@ -147,12 +245,14 @@ class _ThreeGemms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp) -> Tensor:
-        ctx.op, ctx.at, ctx.shape = op, op.precision.position, x.shape
-        y, used = op.fprop(x.reshape(-1, x.shape[-1]), weight, ctx.at)
-        ctx.save_for_backward(used if ctx.needs_input_grad[1] else None, weight)
-        if bias is not None:
-            y += bias
-        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        ctx.op, ctx.at, ctx.shape, ctx.weight = op, op.precision.position, x.shape, weight
+        keep = ctx.needs_input_grad[1]
+        y, kept = op.fprop(
+            x.reshape(-1, x.shape[-1]), weight, ctx.at, bias, out_dtype=x.dtype, keep=keep
+        )
+        tensors, ctx.kept = hollow(kept) if keep else ([], None)
+        ctx.save_for_backward(weight, *tensors)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -161,13 +261,37 @@ class _ThreeGemms(torch.autograd.Function):
                 f"a derivative of the gradient of {ctx.op.name!r} was asked for (create_graph): "
                 "quantized linears have first derivatives only"
             )
-        used, weight = ctx.saved_tensors
+        weight, *tensors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, weight.shape[0])
-        dx = ctx.op.dgrad(dy, weight, ctx.at).view(ctx.shape) if needs_x else None
-        dw = ctx.op.wgrad(dy, used, weight, ctx.at) if needs_weight else None
+        op, at, dx, dw = ctx.op, ctx.at, None, None
+        into = _main_gradient(ctx.weight, op) if needs_weight else None
+        kept = refill(ctx.kept, tensors) if needs_weight else None
+        if needs_x and kept is not None:
+            dx, dw = op.backward(dy, kept, weight, at, into)
+        elif needs_x:
+            dx = op.dgrad(dy, weight, at)
+        elif kept is not None:
+            dw = op.wgrad(dy, kept, weight, at)
+            into = None
         db = dy.sum(0, dtype=torch.float32) if needs_bias else None
-        return dx, dw, db, None
+        return (
+            None if dx is None else dx.view(ctx.shape),
+            None if into is not None else dw,
+            db,
+            None,
+        )
+
+
+def _main_gradient(weight: Tensor, op: LinearOp) -> Tensor | None:
+    """The FP32 gradient that exists already, if the GEMM may and can add into it."""
+    if not (op.precision.accumulates and op.backend.accumulates and weight.is_leaf):
+        return None
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return None
+    grad = weight.grad
+    fits = grad is not None and grad.dtype == torch.float32 and grad.is_contiguous()
+    return grad if fits else None
 
 
 class Linear(GridLinear):

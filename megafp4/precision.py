@@ -62,7 +62,7 @@ class WeightCache:
         if name in self._kept and self._kept[name][0] == state:
             return self._kept[name][1]
         operand = make()
-        if isinstance(operand, QTensor):
+        if not isinstance(operand, torch.Tensor):
             # As long as `weight` is alive, no other tensor can come to lie at its address.
             self._kept[name] = state, operand, weight
         return operand
@@ -86,6 +86,9 @@ class Precision:
     """Optimizer step, set by the training loop."""
     first_token: int = 0
     """Index of the next micro-batch's first token within the step, set by the training loop."""
+    accumulates: bool = False
+    """Let wgrad add into ``weight.grad`` itself where that saves a pass over it. For loops that
+    call ``backward()``: ``torch.autograd.grad`` would find no gradient of the weight then."""
     ledger: Ledger = field(default_factory=Ledger)
     """Counts every GEMM that runs."""
     probe: Probe | None = None

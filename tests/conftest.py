@@ -16,6 +16,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("megafp4")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _single_thread() -> Iterator[None]:
     """Keep reductions in one order and leave the other cores to other tests."""

@@ -1,9 +1,12 @@
 """Who computes: interchangeable ways to multiply quantized operands, and the precision ledger."""
 
+from collections.abc import Callable
 from types import MappingProxyType
 
-from megafp4.backends.base import Backend, Operand, operand_format
+from megafp4.backends.base import Backend, Operand, Slope, operand_format
 from megafp4.backends.bf16 import BF16Backend
+from megafp4.backends.blackwell import BlackwellBackend
+from megafp4.backends.hopper import HopperBackend
 from megafp4.backends.ledger import Ledger
 from megafp4.backends.reference import ReferenceBackend
 from megafp4.errors import unknown_name
@@ -11,16 +14,24 @@ from megafp4.errors import unknown_name
 __all__ = [
     "BF16Backend",
     "Backend",
+    "BlackwellBackend",
+    "HopperBackend",
     "Ledger",
     "Operand",
     "ReferenceBackend",
+    "Slope",
     "backend_names",
     "operand_format",
     "resolve_backend",
 ]
 
-_BACKENDS: MappingProxyType[str, type[ReferenceBackend] | type[BF16Backend]] = MappingProxyType(
-    {"reference": ReferenceBackend, "bf16": BF16Backend}
+_BACKENDS: MappingProxyType[str, Callable[[], Backend]] = MappingProxyType(
+    {
+        "reference": ReferenceBackend,
+        "bf16": BF16Backend,
+        "hopper": HopperBackend,
+        "blackwell": BlackwellBackend,
+    }
 )
 
 

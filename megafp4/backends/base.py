@@ -1,24 +1,73 @@
-"""What a backend is: a way to multiply two operands that are already quantized."""
+"""What a backend is: a way to cast the operands of a GEMM and to multiply them."""
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from megafp4.errors import UnsupportedError
-from megafp4.numerics import QTensor
-
-Operand: TypeAlias = QTensor | torch.Tensor
-"""A quantized matrix, or a BF16 / FP32 one."""
+from megafp4.numerics import Format, QTensor, Scaling
+from megafp4.numerics.qtensor import unpack
+from megafp4.recipes import DGE
+from megafp4.recipes.cast import CastRequest, cast_from, dge_slope
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A quantized matrix as kernels read it: lines x K, whichever axis it was contracted over."""
+
+    data: torch.Tensor
+    """[lines, K], contiguous: FP8 or int8 codes, or values in BF16."""
+    scale: torch.Tensor
+    """FP32, one for all [1] or one a line [lines]; multiplies the accumulator."""
+    format: str
+    """Name of the format whose values these are."""
+
+
+@dataclass(frozen=True)
+class PackedOperand:
+    """A quantized matrix that waits for its GEMM with its codes packed."""
+
+    codes: torch.Tensor
+    """uint8, packed along the contraction axis, see :meth:`megafp4.numerics.QTensor.pack`."""
+    scales: torch.Tensor
+    """As the format stores them."""
+    tensor_scale: torch.Tensor | None
+    format: Format
+    axis: int
+    scaling: Scaling
+
+    def unpacked(self) -> QTensor:
+        """The operand as it was."""
+        codes = unpack(self.codes, self.format, self.axis)
+        return QTensor(codes, self.scales, self.tensor_scale, self.format, self.axis, self.scaling)
+
+
+Operand: TypeAlias = QTensor | torch.Tensor | Prepared | PackedOperand
+"""A quantized matrix, or a BF16 / FP32 one."""
+
+
+class Slope(NamedTuple):
+    """DGE: the result is multiplied by the derivative of the weight's rounding."""
+
+    weight: torch.Tensor
+    """[out, in], before quantization."""
+    operand: Operand
+    """The same as fprop multiplied it."""
+    dge: DGE
+
+
 class Backend(Protocol):
-    """Computes GEMMs. Quantization is not its choice: it gets codes and must honour them."""
+    """Casts operands and multiplies them. What the codes are is the recipe's choice alone."""
 
     name: str
+    accumulates: bool
+    """Whether :meth:`gemm` adds into a gradient at less cost than a separate addition."""
 
     def check(self, a: str, b: str) -> None:
         """Refuse what :meth:`gemm` could not compute, before any work is done.
@@ -28,8 +77,32 @@ class Backend(Protocol):
             b: Format of the second operand.
 
         Raises:
-            UnsupportedError: This backend does not multiply these formats.
+            UnsupportedError: This backend does not multiply these formats, or not on this machine.
         """
+
+    def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
+        """Make operands of one matrix; all at once, so that one pass over it can serve several.
+
+        Args:
+            x: FP32 or BF16 [rows, cols].
+            wanted: The operands.
+
+        Returns:
+            One operand a request; codes and scales are those of
+            :func:`megafp4.recipes.cast.cast_from`.
+
+        Raises:
+            UnsupportedError: This backend has no way to make one of them.
+        """
+        ...
+
+    def adopt(self, stored: QTensor) -> Operand:
+        """Take codes that exist already, such as a grid weight's, as an operand."""
+        ...
+
+    def ran_as(self, a: Operand, b: Operand) -> str:
+        """Name for the ledger of who multiplies these two."""
+        ...
 
     def gemm(
         self,
@@ -38,6 +111,10 @@ class Backend(Protocol):
         axes: tuple[int, int],
         alpha: float = 1.0,
         out_dtype: torch.dtype = torch.float32,
+        *,
+        bias: torch.Tensor | None = None,
+        slope: Slope | None = None,
+        accumulate_into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Multiply two matrices.
 
@@ -47,6 +124,9 @@ class Backend(Protocol):
             axes: Contraction axis of each operand; fprop (1, 1), dgrad (1, 0), wgrad (0, 0).
             alpha: Multiplies the FP32 accumulator.
             out_dtype: Type of the result, rounded to once.
+            bias: [N], added in FP32.
+            slope: Multiplies the result.
+            accumulate_into: FP32 [M, N] that the result is added to, and which is returned.
 
         Returns:
             [M, N] of ``out_dtype``.
@@ -63,11 +143,78 @@ def operand_format(operand: Operand) -> str:
     Raises:
         UnsupportedError: A plain tensor of another type.
     """
-    if isinstance(operand, QTensor):
+    if isinstance(operand, Prepared):
+        return operand.format
+    if isinstance(operand, QTensor | PackedOperand):
         return operand.format.name
     if operand.dtype not in _DTYPE_NAMES:
         raise UnsupportedError(f"a GEMM operand is {operand.dtype}: give BF16, FP32 or a QTensor")
     return _DTYPE_NAMES[operand.dtype]
+
+
+def cast_all(x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
+    """Cast as the specification does, one operand after the other."""
+    operands: list[Operand] = []
+    for request in wanted:
+        operand, _ = cast_from(x, request)
+        operands.append(_pack(operand) if request.packed else operand)
+    return operands
+
+
+def _pack(operand: QTensor | torch.Tensor) -> Operand:
+    if not isinstance(operand, QTensor):
+        return operand
+    kept = operand.scales, operand.tensor_scale, operand.format, operand.axis, operand.scaling
+    return PackedOperand(operand.pack(), *kept)
+
+
+def hollow(operand: Operand) -> tuple[list[torch.Tensor], Operand]:
+    """Split an operand into its tensors and the rest, for autograd keeps tensors alone."""
+    if isinstance(operand, torch.Tensor):
+        return [operand], operand.new_empty(0)
+    names = _tensor_fields(operand)
+    tensors = [getattr(operand, name) for name in names]
+    empty: dict[str, Any] = {
+        name: tensor.new_empty(0) for name, tensor in zip(names, tensors, strict=True)
+    }
+    return tensors, replace(operand, **empty)
+
+
+def refill(rest: Operand, tensors: Sequence[torch.Tensor]) -> Operand:
+    """Undo :func:`hollow`."""
+    if isinstance(rest, torch.Tensor):
+        return tensors[0]
+    filled: dict[str, Any] = dict(zip(_tensor_fields(rest), tensors, strict=True))
+    return replace(rest, **filled)
+
+
+def _tensor_fields(operand: QTensor | Prepared | PackedOperand) -> list[str]:
+    return [name for name, held in vars(operand).items() if isinstance(held, torch.Tensor)]
+
+
+def finish(
+    out: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None,
+    slope: Slope | None,
+    accumulate_into: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add and multiply what an epilogue would, in FP32, then round once.
+
+    Args:
+        out: FP32 [M, N], overwritten.
+        out_dtype: Type of the result.
+        bias: [N] or None.
+        slope: Or None.
+        accumulate_into: FP32 [M, N] or None.
+    """
+    if bias is not None:
+        out += bias
+    if slope is not None:
+        operand = slope.operand
+        assert isinstance(operand, QTensor | torch.Tensor), "made by the backend's own cast"
+        out *= dge_slope(slope.weight, operand, slope.dge)
+    return out.to(out_dtype) if accumulate_into is None else accumulate_into.add_(out)
 
 
 def line_major(operand: torch.Tensor, axis: int) -> torch.Tensor:

@@ -15,12 +15,13 @@ from dataclasses import replace
 
 import torch
 
-from megafp4.backends.base import Operand, line_major, matmul_fp32, operand_format
+from megafp4.backends.base import line_major, matmul_fp32
+from megafp4.backends.simulated import SimulatedBackend
 from megafp4.errors import UnsupportedError
 from megafp4.numerics import QTensor
 
 
-class BF16Backend:
+class BF16Backend(SimulatedBackend):
     """BF16 operands with FP32 accumulation and FP32 epilogue, on CPU or any GPU."""
 
     name = "bf16"
@@ -32,27 +33,25 @@ class BF16Backend:
                 f"backend 'bf16' cannot multiply {a} x {b}: choose backend 'reference' or BF16"
             )
 
-    def gemm(
+    def product(
         self,
-        a: Operand,
-        b: Operand,
+        a: QTensor | torch.Tensor,
+        b: QTensor | torch.Tensor,
         axes: tuple[int, int],
-        alpha: float = 1.0,
-        out_dtype: torch.dtype = torch.float32,
+        alpha: float,
     ) -> torch.Tensor:
-        """Multiply; see :meth:`megafp4.backends.base.Backend.gemm`."""
-        self.check(operand_format(a), operand_format(b))
-        left, left_scale = _decode(a, axes[0])
-        right, right_scale = _decode(b, axes[1])
+        """FP32 [M, N]: the product of the decoded operands times alpha."""
+        left, left_scale = decode(a, axes[0])
+        right, right_scale = decode(b, axes[1])
         out = _matmul(left, right) * alpha
         if left_scale is not None:
             out *= left_scale.reshape(-1, 1)
         if right_scale is not None:
             out *= right_scale.reshape(1, -1)
-        return out.to(out_dtype)
+        return out
 
 
-def _decode(operand: Operand, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def decode(operand: QTensor | torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """BF16 operand, contraction axis last, and the FP32 scale of its lines for the epilogue."""
     scale = None
     if not isinstance(operand, QTensor):

@@ -157,12 +157,17 @@ def test_refusals() -> None:
 
 
 def test_resolve() -> None:
-    assert {resolve_backend(name).name for name in backend_names()} == {"reference", "bf16"}
+    assert {resolve_backend(name).name for name in backend_names()} == {
+        "reference",
+        "bf16",
+        "hopper",
+        "blackwell",
+    }
     own = BF16Backend()
     assert resolve_backend(own) is own
     with pytest.raises(
         ConfigError, match=r"unknown backend 'refrence': did you mean 'reference'\?"
     ):
         resolve_backend("refrence")
-    with pytest.raises(ConfigError, match=r"unknown backend 'hopper': .*choose one of bf16, refer"):
-        resolve_backend("hopper")
+    with pytest.raises(ConfigError, match=r"unknown backend 'volta': .*choose one of bf16, blackw"):
+        resolve_backend("volta")

@@ -1,0 +1,369 @@
+"""From a matrix to the operands of Hopper's tensor cores, with as few passes over it as there are.
+
+What is fused: both MXFP4 operands of one matrix; FP8 of a forward pass with the MXFP4 operand that
+its value gives wgrad; both FP8 operands that share a tensor's scale; clamping, scaling and casting
+to E2M1 with the outliers folded in. Whatever has no kernel is cast by the specification, on the GPU
+and with the same codes, only slower: BitNet's weights, and the values behind a BF16 operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from megafp4.backends.base import Operand, PackedOperand, Prepared
+from megafp4.errors import UnsupportedError
+from megafp4.numerics import QTensor, get_format
+from megafp4.numerics.formats import E2M1, Integer
+from megafp4.recipes.cast import CastRequest, cast_from
+
+if TYPE_CHECKING:
+    from megafp4_kernels.mxfp4 import Folded, Packed, Plan
+
+_MXFP4_ROUNDINGS = ("stochastic", "nearest-even", "nearest-away")
+_FP8 = ("fp8-e4m3", "fp8-e5m2")
+# Positions kept on the device: those of the micro-batches whose backward is still to come.
+_POSITIONS = 64
+
+
+class Caster:
+    """Casts, and keeps what kernels need from call to call: windows and positions."""
+
+    def __init__(self) -> None:
+        self._windows: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._positions: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
+        self._pins: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.pinned: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Positions of weights and of activations for all casts; None: those asked for."""
+
+    def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
+        """See :meth:`megafp4.backends.base.Backend.cast`."""
+        x = x.contiguous()
+        if len(wanted) == 2 and (pair := self._pair(x, *wanted)) is not None:
+            return list(pair)
+        return [self._one(x, request) for request in wanted]
+
+    def raised_blocks(self) -> int:
+        """Raised blocks of all windows so far; waits for the GPU."""
+        from megafp4_kernels.mxfp4 import RAISED
+
+        return sum(int(window[RAISED]) for window in self._windows.values())
+
+    def pin(self, seed: int, step: int, first_token: int, device: torch.device) -> None:
+        """Write a position where casts will read it from now on; waits for nothing."""
+        if self._pins is None:  # made once: graphs hold their addresses
+            weights, activations = torch.empty(2, 3, dtype=torch.int64, device=device)
+            self._pins = weights, activations
+        self.pinned = self._pins
+        _write(self.pinned[0], seed, step, 0)
+        _write(self.pinned[1], seed, step, first_token)
+
+    def _pair(
+        self, x: torch.Tensor, first: CastRequest, second: CastRequest
+    ) -> tuple[Operand, Operand] | None:
+        """Both operands in one pass, or None where no kernel makes these two together."""
+        if (first.axis, second.axis) != (1, 0):
+            return None
+        direct = first.through is None and second.through is None
+        if direct and _is(first, "mxfp4") and _is(second, "mxfp4"):
+            row, col = self._mxfp4(x, first, second)
+            return _operand(row, first), _operand(col, second)
+        plain = first.through is None and _is_plain_fp8(first)
+        e4m3 = plain and _is(first, "fp8-e4m3")
+        if e4m3 and _is(second, "mxfp4") and second.through in (None, first):
+            return self._e4m3_and_mxfp4(x, first, second)
+        same = plain and _is_plain_fp8(second) and first.operand.format == second.operand.format
+        if same and second.through is None:
+            return self._fp8_both(x, first, second)
+        if _is(first, "fp4-vector") and second.through == first and _is_plain_fp8(second):
+            return self._fp4_and_recast(x, first, second)
+        return None
+
+    def _one(self, x: torch.Tensor, request: CastRequest) -> Operand:
+        spec, through = request.operand, request.through
+        if not spec.quantized:
+            return cast_from(x, request)[0]
+        if through is not None:
+            return self._through(x, request, through)
+        if _is(request, "mxfp4"):
+            row, col = self._mxfp4(x, *(_sides(request)))
+            return _operand(row if request.axis == 1 else col, request)
+        if _is(request, "nvfp4"):
+            return self._nvfp4(x, request)
+        if spec.clamp is not None and spec.folds_outliers:
+            return self._fp4(x, request)
+        if spec.statistic == "absmax" and request.gemm.hadamard is None:
+            return self._lines(x, request)
+        return self._specified(x, request)
+
+    def _through(self, x: torch.Tensor, request: CastRequest, through: CastRequest) -> Operand:
+        """An operand that starts from the value of another."""
+        from_e4m3 = _is(through, "fp8-e4m3") and _is_plain_fp8(through)
+        if from_e4m3 and _is(request, "mxfp4") and request.axis == 0:
+            from megafp4_kernels.amax import scale
+
+            of = scale(x, "fp8-e4m3", None)
+            _, col = self._mxfp4(x, None, request, of)
+            return _operand(col, request)
+        to_e4m3 = _is(request, "fp8-e4m3") and _is_plain_fp8(request)
+        if to_e4m3 and _is(through, "fp4-vector") and through.axis == 1:
+            return self._recast(x, request, through)
+        return self._specified(x, request)
+
+    def _mxfp4(
+        self,
+        x: torch.Tensor,
+        row: CastRequest | None,
+        col: CastRequest | None,
+        from_e4m3: torch.Tensor | None = None,
+    ) -> tuple[Folded | Packed | None, Folded | Packed | None]:
+        from megafp4_kernels.mxfp4 import quantize
+
+        any_of = row or col
+        assert any_of is not None
+        at = self._position(any_of, x.device)
+        plans = [None if one is None else self._plan(one, x.device) for one in (row, col)]
+        return quantize(x, at, *plans, col_from_e4m3=from_e4m3)
+
+    def _e4m3_and_mxfp4(
+        self, x: torch.Tensor, first: CastRequest, second: CastRequest
+    ) -> tuple[Operand, Operand]:
+        from megafp4_kernels.amax import scale
+        from megafp4_kernels.mxfp4 import E4M3Plan, quantize
+
+        of = scale(x, "fp8-e4m3", None)
+        at, plan = self._position(second, x.device), self._plan(second, x.device)
+        through = None if second.through is None else of
+        row, col = quantize(x, at, E4M3Plan(of), plan, col_from_e4m3=through)
+        return _operand(row, first), _operand(col, second)
+
+    def _fp8_both(
+        self, x: torch.Tensor, first: CastRequest, second: CastRequest
+    ) -> tuple[Operand, Operand]:
+        from megafp4_kernels.amax import scale
+        from megafp4_kernels.casts import cast
+
+        fmt = first.operand.format
+        of = scale(x, fmt, None)
+        row, col = cast(x, fmt, of, row=True, col=True)
+        assert row is not None
+        assert col is not None
+        return Prepared(row, of, fmt), Prepared(col, of, fmt)
+
+    def _lines(self, x: torch.Tensor, request: CastRequest) -> Operand:
+        """A format with FP32 scales, of the tensor or of its lines."""
+        from megafp4_kernels.amax import scale
+        from megafp4_kernels.casts import DTYPES, cast
+
+        spec, axis = request.operand, request.axis
+        if spec.format not in DTYPES or spec.dither_bits != 8:
+            return self._specified(x, request)
+        shared = spec.shared_scale == "tensor"
+        of = scale(x, spec.format, None if shared else axis)
+        row, col = cast(
+            x,
+            spec.format,
+            of,
+            row=axis == 1,
+            col=axis == 0,
+            rounding=spec.rounding,
+            prescale=spec.prescale,
+            position=self._position(request, x.device),
+            stream=request.key.stream,
+            offset="line" if axis == 1 else "k",
+            scale_axis=None if shared else 1 - axis,
+        )
+        data = row if axis == 1 else col
+        assert data is not None
+        return Prepared(data, of, spec.format)
+
+    def _fp4(self, x: torch.Tensor, request: CastRequest) -> Operand:
+        from megafp4_kernels.outliers import occ
+
+        clamp = request.operand.clamp
+        assert clamp is not None
+        found = occ(x, clamp.alpha, mode=clamp.mode, residual="folded")
+        return Prepared(found.data, found.scale, "fp8-e4m3")
+
+    def _fp4_and_recast(
+        self, x: torch.Tensor, first: CastRequest, second: CastRequest
+    ) -> tuple[Operand, Operand] | None:
+        from megafp4_kernels.outliers import occ
+        from megafp4_kernels.recast import recast
+
+        clamp = first.operand.clamp
+        if clamp is None or not first.operand.folds_outliers:
+            return None
+        found = occ(x, clamp.alpha, mode=clamp.mode, residual="folded")
+        _, col, of = recast(found.data, found.scale, peak=found.peak, col=True)
+        assert col is not None
+        used = Prepared(found.data, found.scale, "fp8-e4m3")
+        return used, Prepared(col, of, second.operand.format)
+
+    def _recast(self, x: torch.Tensor, request: CastRequest, through: CastRequest) -> Operand:
+        from megafp4_kernels.outliers import occ
+        from megafp4_kernels.recast import recast
+
+        clamp = through.operand.clamp
+        row = request.axis == 1
+        if clamp is None:
+            used = self._lines(x, through)
+            assert isinstance(used, Prepared)
+            by_row, by_col, of = recast(used.data, used.scale, row=row, col=not row)
+        else:
+            found = occ(x, clamp.alpha, mode=clamp.mode, residual=clamp.residual)
+            exact = clamp.residual == "exact"
+            by_row, by_col, of = recast(
+                found.data,
+                found.scale,
+                peak=found.peak,
+                x=x if exact else None,
+                limits=found.limits if exact else None,
+                row=row,
+                col=not row,
+            )
+        data = by_row if row else by_col
+        assert data is not None
+        return Prepared(data, of, request.operand.format)
+
+    def _nvfp4(self, x: torch.Tensor, request: CastRequest) -> Operand:
+        from megafp4_kernels.nvfp4 import quantize_nvfp4
+
+        spec = request.operand
+        streams = _streams(request)
+        if spec.dither_bits != 8 or (request.gemm.hadamard or 16) != 16:
+            return self._specified(x, request)
+        made = quantize_nvfp4(
+            x,
+            request.axis,
+            tile=spec.shared_scale == "tile",
+            rounding=spec.rounding,
+            prescale=spec.prescale,
+            position=self._position(request, x.device),
+            stream=streams[0],
+            offset="line" if request.axis == 1 else "k",
+            hadamard=request.gemm.hadamard or 0,
+            sign_stream=streams[1],
+            sign_step=streams[2],
+            codes=False,
+        )
+        assert made.values is not None
+        return Prepared(made.values, made.tensor_scale, "nvfp4")
+
+    def _specified(self, x: torch.Tensor, request: CastRequest) -> Operand:
+        """Cast by the specification, then bring the codes into the form of the tensor cores."""
+        if self.pinned is not None and _draws(request):
+            raise UnsupportedError(
+                f"{request.operand} has no kernel that reads its random bits from the GPU, so a "
+                "CUDA graph would repeat them: leave train.cuda_graph off"
+            )
+        operand, _ = cast_from(x, request)
+        if not isinstance(operand, QTensor) or operand.scaling in ("block", "tile"):
+            return operand
+        scale = operand.scale_values().reshape(-1)
+        element = operand.format.element
+        if isinstance(element, Integer):
+            data = operand.values().to(torch.int8)
+        elif element == E2M1:
+            data = operand.values().to(torch.float8_e4m3fn)
+        else:
+            data = operand.codes.view(_FLOAT8[operand.format.name])
+        lines = data if request.axis == 1 else data.t()
+        return Prepared(lines.contiguous(), scale, operand.format.name)
+
+    def _plan(self, request: CastRequest, device: torch.device) -> Plan:
+        from megafp4_kernels.mxfp4 import WINDOW, Plan
+
+        spec = request.operand
+        if spec.rounding not in _MXFP4_ROUNDINGS or spec.dither_bits != 8:
+            raise UnsupportedError(
+                f"backend 'hopper' rounds MXFP4 {', '.join(_MXFP4_ROUNDINGS)} with 8 random bits, "
+                f"not {spec.rounding!r} with {spec.dither_bits}: change the recipe or the backend"
+            )
+        streams = _streams(request)
+        window = None
+        if not request.packed:
+            name = streams[0], device
+            if name not in self._windows:
+                self._windows[name] = torch.zeros(WINDOW, dtype=torch.int32, device=device)
+            window = self._windows[name]
+        return Plan(
+            request.gemm.hadamard or 0,
+            spec.rounding,
+            spec.prescale,
+            *streams,
+            "line" if request.axis == 1 else "k",
+            "packed" if request.packed else "folded",
+            window,
+        )
+
+    def _position(self, request: CastRequest, device: torch.device) -> torch.Tensor:
+        """Seed, step and first token on the device, written there without waiting for it."""
+        if self.pinned is not None:
+            return self.pinned[request.side == "a" or request.key.gemm == "wgrad"]
+        seed, step, first = request.key.seed, request.key.step, max(request.origin)
+        name = seed, step, first, device
+        if name not in self._positions:
+            while len(self._positions) >= _POSITIONS:
+                del self._positions[next(iter(self._positions))]
+            position = torch.empty(3, dtype=torch.int64, device=device)
+            _write(position, seed, step, first)
+            self._positions[name] = position
+        return self._positions[name]
+
+
+_FLOAT8 = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
+
+
+def _write(position: torch.Tensor, seed: int, step: int, first_token: int) -> None:
+    """Fill a position; kernels that fill need no copy from the host, which would wait."""
+    signed = seed - (1 << 64) if seed >> 63 & 1 else seed
+    for i, number in enumerate((signed, step, first_token)):
+        position[i].fill_(number)
+
+
+def _draws(request: CastRequest) -> bool:
+    return request.operand.rounding == "stochastic" or (
+        request.gemm.hadamard is not None and request.gemm.signs == "random"
+    )
+
+
+def _is(request: CastRequest, fmt: str) -> bool:
+    return request.operand.format == fmt
+
+
+def _is_plain_fp8(request: CastRequest) -> bool:
+    """Whether it is FP8 with one scale, to the nearest even, as it stands."""
+    spec = request.operand
+    return (
+        spec.format in _FP8
+        and spec.shared_scale == "tensor"
+        and spec.rounding == "nearest-even"
+        and spec.prescale == 1
+        and request.gemm.hadamard is None
+    )
+
+
+def _sides(request: CastRequest) -> tuple[CastRequest | None, CastRequest | None]:
+    return (request, None) if request.axis == 1 else (None, request)
+
+
+def _streams(request: CastRequest) -> tuple[int, int, int]:
+    """Philox words of the dither and of the signs, and the signs' step (-1: the position's)."""
+    signs = request.key._replace(operand="signs")
+    if request.gemm.signs == "fixed":
+        return request.key.stream, signs._replace(layer=0).stream, 0
+    return request.key.stream, signs.stream, -1
+
+
+def _operand(made: Folded | Packed | None, request: CastRequest) -> Operand:
+    """Wrap what the MXFP4 quantizer made; lines x K, so the axis of packed codes is 1."""
+    from megafp4_kernels.mxfp4 import Folded
+
+    assert made is not None, "the quantizer makes what it has a plan for"
+    spec = get_format(request.operand.format)
+    if isinstance(made, Folded):
+        return Prepared(made.data, made.scale, spec.name)
+    return PackedOperand(made.codes, made.scales, None, spec, 1, "block")
