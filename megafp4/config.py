@@ -207,6 +207,14 @@ class TrainConfig:
     """A loss above this multiple of its running mean is a spike; 0 switches the check off."""
     max_spikes: int = 5
     """Consecutive spikes that end the run."""
+    compile: bool | None = None
+    """Compile the work between the linears with torch.compile; None means on a GPU only."""
+    cuda_graph: bool = False
+    """Replay forward and backward as a CUDA graph; needs backend hopper."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward makes again: nothing, norms and activations, or whole blocks."""
+    memory_report: bool = False
+    """Before the first step, measure what a micro-batch keeps for backward, by kind of layer."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "global_batch", "micro_batch", "keep_checkpoints", "max_spikes")
@@ -240,8 +248,10 @@ class RunConfig:
     """Recipes by share or by step, e.g. ``mxfp4:0.9,bf16:0.1``; empty means ``recipe``."""
     exempt: tuple[str, ...] = ()
     """Linears that stay BF16, as glob patterns of their names: ``blocks.0.* *.mlp.down``."""
-    backend: Literal["reference", "bf16"] = "reference"
+    backend: Literal["reference", "bf16", "hopper", "blackwell"] = "reference"
     """Who computes the quantized GEMMs."""
+    saved_as: Literal["recipe", "input", "operand", "packed"] = "recipe"
+    """Form in which linears keep their input for wgrad; ``recipe`` leaves it to the recipe."""
     device: str = "cpu"
     """Torch device."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megafp4.config import ModelConfig
 from megafp4.errors import ConfigError
+from megafp4.models.execution import Execution
 from megafp4.models.layers import Block, Rotary
 
 if TYPE_CHECKING:
     from megafp4.models.factory import LayerFactory
 
-IGNORED_TARGET = -1
-"""Targets with this value do not enter the loss."""
+ATTENTION = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+"""Attention kernels on a GPU, fastest first; the first one that takes the operands runs."""
 
 
 class Decoder(nn.Module):
     """A decoder-only language model; a family is a subclass that says how positions enter."""
 
+    execution = Execution()
     norm: str
     """Norm of the family, ``layernorm`` or ``rmsnorm``."""
 
@@ -45,6 +53,12 @@ class Decoder(nn.Module):
         """Return the rotary tables of a batch, or None where positions enter elsewhere."""
         return None
 
+    def execute(self, execution: Execution) -> None:
+        """Run from now on as ``execution`` says; what is computed stays the same."""
+        for module in self.modules():
+            if hasattr(module, "execution"):
+                module.execution = execution  # type: ignore[assignment]
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Predict the next token at every position.
 
@@ -66,19 +80,8 @@ class Decoder(nn.Module):
             )
         x = self.dropout(self.embed(tokens).to(self.dtype))
         rotary = self.rotary(tokens)
-        for block in self.blocks:
-            x = block(x, rotary)
-        logits = self.head(self.final_norm(x), self.embedding.weight)
-        return logits if targets is None else cross_entropy(logits, targets)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are not -1.
-
-    Args:
-        logits: [..., V], any float type; the softmax is taken in FP32.
-        targets: int64 [...].
-    """
-    return F.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED_TARGET
-    )
+        fastest = sdpa_kernel(list(ATTENTION), set_priority=True)
+        with fastest if x.is_cuda else contextlib.nullcontext():
+            for block in self.blocks:
+                x = block(x, rotary)
+        return self.head(self.final_norm(x), self.embedding.weight, targets)

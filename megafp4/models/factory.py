@@ -8,10 +8,12 @@ stochastic rounding; so both are independent of the recipe and of which rank bui
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from torch import nn
 
+from megafp4.backends import Backend, resolve_backend
 from megafp4.errors import ConfigError, unknown_name
 from megafp4.linear import Linear
 from megafp4.models.layers import DenseLinear, Head, LayerNorm, RMSNorm
@@ -24,6 +26,8 @@ SLOTS = ("attention.qkv", "attention.out", "mlp.up", "mlp.gate_up", "mlp.down")
 
 SLOTS_PER_BLOCK = 16
 """Layer ids reserved for one block."""
+
+SavedAs = Literal["recipe", "input", "operand", "packed"]
 
 _NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
@@ -83,7 +87,11 @@ class LayerFactory(Protocol):
         ...
 
     def head(self, width: int, vocab: int, *, tied: bool) -> nn.Module:
-        """Make the output layer, called with hidden states and the token embedding's weight."""
+        """Make the output layer.
+
+        It is called with hidden states, the token embedding's weight and the targets or None, and
+        returns logits or, given targets, the loss.
+        """
         ...
 
     def check(self, model: nn.Module) -> None:
@@ -138,21 +146,24 @@ class QuantizedFactory(DenseFactory):
         num_layers: Blocks of the model.
         exempt: Glob patterns of the linears that get ``bf16`` as well, by name or by the name of a
             module above them: ``*.mlp.down``, ``blocks.0``.
+        saved_as: Form in which the linears keep their input for wgrad, where wgrad quantizes it;
+            ``recipe`` leaves it to the recipe.
 
     Raises:
-        ConfigError: Unknown recipe.
+        ConfigError: Unknown recipe, or a form that its formats do not have.
     """
 
     def __init__(
         self,
         recipe: str | Recipe,
-        backend: str,
+        backend: str | Backend,
         precision: Precision,
         num_layers: int,
         exempt: Sequence[str] = (),
+        saved_as: SavedAs = "recipe",
     ) -> None:
-        self.recipe = get_recipe(recipe)
-        self.backend = backend
+        self.recipe = keep_input_as(get_recipe(recipe), saved_as)
+        self.backend = resolve_backend(backend)  # one for all linears
         self.precision = precision
         self.num_layers = num_layers
         self.exempt = tuple(exempt)
@@ -191,8 +202,29 @@ class QuantizedFactory(DenseFactory):
         _check_exemptions(_linears(model), self.recipe, self.num_layers, self.exempt)
 
 
+def keep_input_as(recipe: Recipe, saved_as: SavedAs) -> Recipe:
+    """The recipe with another form in which linears keep their input; the numbers stay the same.
+
+    Args:
+        recipe: The recipe.
+        saved_as: ``recipe`` for its own form. An input that wgrad does not quantize is kept as it
+            is whatever is asked for.
+
+    Raises:
+        ConfigError: The format has no such form.
+    """
+    kept = recipe.wgrad.b
+    if saved_as == "recipe" or not kept.quantized:
+        return recipe
+    return replace(recipe, wgrad=replace(recipe.wgrad, b=replace(kept, saved_as=saved_as)))
+
+
 def set_recipe(
-    model: nn.Module, recipe: str | Recipe, num_layers: int, exempt: Sequence[str] = ()
+    model: nn.Module,
+    recipe: str | Recipe,
+    num_layers: int,
+    exempt: Sequence[str] = (),
+    saved_as: SavedAs = "recipe",
 ) -> None:
     """Switch every linear of a model built by :class:`QuantizedFactory` to another recipe.
 
@@ -201,12 +233,13 @@ def set_recipe(
         recipe: The new recipe; the blocks it exempts get ``bf16``.
         num_layers: Blocks of the model.
         exempt: Linears that get ``bf16`` as well, as for :class:`QuantizedFactory`.
+        saved_as: Form in which the linears keep their input, as there.
 
     Raises:
         ConfigError: Unknown recipe, a pattern that matches no linear, exemptions that leave nothing
             to quantize, or a recipe that the weights' storage does not allow.
     """
-    found = get_recipe(recipe)
+    found = keep_input_as(get_recipe(recipe), saved_as)
     linears = _linears(model)
     _check_exemptions(linears, found, num_layers, exempt)
     for linear in linears:

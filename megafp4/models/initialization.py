@@ -6,7 +6,10 @@ comparison of recipes would compare luck. So every parameter has its own generat
 
 import hashlib
 import math
+import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from megafp4.config import ModelConfig
 from megafp4.errors import ConfigError
 
+_MOST_THREADS = 32
 _RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight")
 
 
@@ -25,9 +29,22 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     Raises:
         ConfigError: A parameter that no rule covers.
     """
-    with torch.no_grad():
+    # Each generator is serial, but they are independent and run outside the interpreter's lock:
+    # one thread a core draws 6.7 B weights in seconds. Only a few values wait at a time.
+    workers = max(1, min(os.cpu_count() or 1, _MOST_THREADS))
+    waiting: deque[tuple[nn.Parameter, Future[Tensor]]] = deque()
+    with torch.no_grad(), ThreadPoolExecutor(workers) as pool:
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, config, seed))
+            value = pool.submit(initial_value, name, parameter.shape, config, seed)
+            waiting.append((parameter, value))
+            if len(waiting) > workers:
+                _fill(*waiting.popleft())
+        while waiting:
+            _fill(*waiting.popleft())
+
+
+def _fill(parameter: nn.Parameter, value: Future[Tensor]) -> None:
+    parameter.copy_(value.result())
 
 
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:

@@ -1,5 +1,8 @@
 """The parts of a decoder: norms, rotary embedding, attention, MLPs, the block and the head.
 
+What lies between two linears is a function of tensors, handed to the module's
+:class:`~megafp4.models.execution.Execution`: that is where compilation and recomputation happen.
+
 Shape letters, for this file: B batch, S sequence, H hidden, F MLP width, N query heads, G key/value
 heads, D head width, V vocabulary. Parameters are FP32; activations keep the type they arrive in.
 """
@@ -7,7 +10,6 @@ heads, D head width, V vocabulary. Parameters are FP32; activations keep the typ
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +18,8 @@ from torch.nn import functional as F
 
 from megafp4.config import ModelConfig
 from megafp4.errors import unknown_name
+from megafp4.models.execution import Execution
+from megafp4.models.loss import head_loss, score_chunk
 
 if TYPE_CHECKING:
     from megafp4.models.factory import LayerFactory
@@ -23,14 +27,31 @@ if TYPE_CHECKING:
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines [S, D / 2], FP32."""
 
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu-tanh": partial(F.gelu, approximate="tanh"),
-}
-_GATED: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": F.silu,
-    "relu2-glu": lambda x: F.relu(x).square(),
-}
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU with the error function."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in the tanh approximation, as GPT-2 has it."""
+    return F.gelu(x, approximate="tanh")
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` [arXiv 2002.05202] of [..., gate then up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def relu2_glu(gate_up: Tensor) -> Tensor:
+    """``relu(gate)^2 * up`` [arXiv 2504.12285] of [..., gate then up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.relu(gate).square() * up
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu-tanh": gelu_tanh}
+_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "relu2-glu": relu2_glu}
 
 
 def is_gated(activation: str) -> bool:
@@ -44,20 +65,34 @@ def is_gated(activation: str) -> bool:
     return activation in _GATED
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dim, computed in FP32, returned in the type of ``x``."""
+    return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """RMSNorm over the last dim, computed in FP32, returned in the type of ``x``."""
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed in FP32, returned in the type of its input."""
 
+    execution = Execution()
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dim of ``x``."""
-        return super().forward(x.float()).to(x.dtype)
+        return self.execution.repeatable(layer_norm, x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm computed in FP32, returned in the type of its input."""
 
+    execution = Execution()
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dim of ``x``."""
-        return super().forward(x.float()).to(x.dtype)
+        return self.execution.repeatable(rms_norm, x, self.weight, self.eps)
 
 
 class DenseLinear(nn.Linear):
@@ -70,10 +105,12 @@ class DenseLinear(nn.Linear):
 
 
 class Head(nn.Module):
-    """The output layer: hidden states to logits, in the type of the activations.
+    """The output layer: hidden states to logits, in the type of the activations, or to the loss.
 
     A tied head owns no weight and multiplies by the token embedding instead.
     """
+
+    execution = Execution()
 
     def __init__(self, width: int, vocab: int, *, tied: bool) -> None:
         super().__init__()
@@ -81,10 +118,15 @@ class Head(nn.Module):
         weight = None if tied else nn.Parameter(torch.empty(vocab, width).normal_(std=0.02))
         self.register_parameter("weight", weight)
 
-    def forward(self, x_BSH: Tensor, embedding_VH: Tensor) -> Tensor:
-        """Return logits [B, S, V]."""
+    def forward(self, x_BSH: Tensor, embedding_VH: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits [B, S, V] or, given targets [B, S], their mean cross-entropy (FP32)."""
         weight = embedding_VH if self.weight is None else self.weight
-        return F.linear(x_BSH, weight.to(x_BSH.dtype))
+        if targets is None:
+            return F.linear(x_BSH, weight.to(x_BSH.dtype))
+        return head_loss(x_BSH.flatten(0, -2), weight, targets.flatten(), self._score)
+
+    def _score(self, logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self.execution.run(score_chunk, logits, targets, weight)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
@@ -111,12 +153,19 @@ def rotate(x_BNSD: Tensor, rotary: Rotary) -> Tensor:
     return rotated.to(x_BNSD.dtype)
 
 
+def rotate_both(q_BNSD: Tensor, k_BGSD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """:func:`rotate` queries and keys."""
+    return rotate(q_BNSD, rotary), rotate(k_BGSD, rotary)
+
+
 class SelfAttention(nn.Module):
     """Causal multi-head or grouped-query attention.
 
     The rows of ``qkv`` are all queries, then all keys, then all values. Head counts are read off
     the width that arrives, so a shard that holds a share of the heads needs no other code.
     """
+
+    execution = Execution()
 
     def __init__(self, config: ModelConfig, factory: LayerFactory, block: int) -> None:
         super().__init__()
@@ -146,25 +195,41 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BSH: Tensor, rotary: Rotary | None) -> Tensor:
         """Attend over the sequence; [B, S, H] to [B, S, H]."""
-        heads_BNSD = self.qkv(x_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        kv_heads = heads_BNSD.shape[1] // (self.group + 2)
-        q, k, v = heads_BNSD.split((self.group * kv_heads, kv_heads, kv_heads), dim=1)
+        qkv = self.qkv(x_BSH)
+        kv_width = qkv.shape[-1] // (self.group + 2)
+        # Cut before the heads are moved to the front: backward then joins contiguous gradients.
+        parts = qkv.split((self.group * kv_width, kv_width, kv_width), dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        # Repeated by hand: the fused CPU kernel does not take fewer key heads than query heads.
-        k, v = _repeat_heads(k, self.group), _repeat_heads(v, self.group)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return self.out(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
+            q, k = self.execution.run(rotate_both, q, k, rotary)
+        mixed = attend(q, k, v, self.dropout if self.training else 0.0)
+        return self.out(self.sub_norm(mixed))
+
+
+def attend(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float = 0.0) -> Tensor:
+    """Causal attention, [B, S, N D]; ``dropout`` is the probability of dropping a weight.
+
+    Not compiled: it is one fused kernel, which :mod:`megafp4.models.decoder` chooses.
+    """
+    group = q_BNSD.shape[1] // k_BGSD.shape[1]
+    shared = group > 1 and q_BNSD.is_cuda
+    if group > 1 and not shared:  # the fused CPU kernel wants as many key heads as query heads
+        k_BGSD, v_BGSD = _repeat_heads(k_BGSD, group), _repeat_heads(v_BGSD, group)
+    mixed_BNSD = F.scaled_dot_product_attention(
+        q_BNSD, k_BGSD, v_BGSD, dropout_p=dropout, is_causal=True, enable_gqa=shared
+    )
+    return mixed_BNSD.transpose(1, 2).flatten(2)
 
 
 def _repeat_heads(x_BGSD: Tensor, group: int) -> Tensor:
-    """Give each of ``group`` consecutive query heads the same key/value head; no copy for 1."""
+    """Give each of ``group`` consecutive query heads the same key/value head."""
     return x_BGSD.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2)
 
 
 class MLP(nn.Module):
     """``down(activation(up(x)))``, the MLP of GPT."""
+
+    execution = Execution()
 
     def __init__(self, config: ModelConfig, factory: LayerFactory, block: int) -> None:
         super().__init__()
@@ -182,7 +247,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Map [B, S, H] to [B, S, H]."""
-        return self.down(self.sub_norm(self.activation(self.up(x_BSH))))
+        hidden = self.execution.repeatable(self.activation, self.up(x_BSH))
+        return self.down(self.sub_norm(hidden))
 
 
 class GatedMLP(nn.Module):
@@ -190,6 +256,8 @@ class GatedMLP(nn.Module):
 
     The rows of ``gate_up`` are all gates, then all ups.
     """
+
+    execution = Execution()
 
     def __init__(self, config: ModelConfig, factory: LayerFactory, block: int) -> None:
         super().__init__()
@@ -209,28 +277,41 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Map [B, S, H] to [B, S, H]."""
-        gate_BSF, up_BSF = self.gate_up(x_BSH).chunk(2, dim=-1)
-        return self.down(self.sub_norm(self.activation(gate_BSF) * up_BSF))
+        hidden = self.execution.repeatable(self.activation, self.gate_up(x_BSH))
+        return self.down(self.sub_norm(hidden))
+
+
+def add_residual(x: Tensor, y: Tensor, dropout: float) -> Tensor:
+    """``x + dropout(y)``."""
+    return x + F.dropout(y, dropout) if dropout else x + y
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
+
+    execution = Execution()
 
     def __init__(
         self, config: ModelConfig, factory: LayerFactory, block: int, *, norm: str
     ) -> None:
         super().__init__()
         mlp = GatedMLP if is_gated(config.mlp_activation) else MLP
+        self.dropout = config.dropout
         self.attention_norm = factory.norm(norm, config.hidden, config.norm_eps)
         self.attention = SelfAttention(config, factory, block)
         self.mlp_norm = factory.norm(norm, config.hidden, config.norm_eps)
         self.mlp = mlp(config, factory, block)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BSH: Tensor, rotary: Rotary | None) -> Tensor:
         """Add attention, then the MLP, to the residual stream."""
-        x_BSH = x_BSH + self.dropout(self.attention(self.attention_norm(x_BSH), rotary))
-        return x_BSH + self.dropout(self.mlp(self.mlp_norm(x_BSH)))
+        draws = self.training and self.dropout > 0
+        return self.execution.block(self._forward, x_BSH, rotary, draws=draws)
+
+    def _forward(self, x_BSH: Tensor, rotary: Rotary | None) -> Tensor:
+        run, dropout = self.execution.run, self.dropout if self.training else 0.0
+        mixed = self.attention(self.attention_norm(x_BSH), rotary)
+        x_BSH = run(add_residual, x_BSH, mixed, dropout)
+        return run(add_residual, x_BSH, self.mlp(self.mlp_norm(x_BSH)), dropout)
 
 
 def _sub_norm(config: ModelConfig, factory: LayerFactory, width: int) -> nn.Module:

@@ -3,10 +3,13 @@
 No parameter groups, no step counter: the caller owns the moments and says which step it is. The
 operations and their order are those of ``torch.optim.AdamW(foreach=False)``, so results agree bit
 for bit with PyTorch's; ``tests/optim/test_adamw.py`` holds the two against each other.
+:func:`fused_adamw_step` is the same step for many tensors at the speed of memory; there only the
+order of operations within an element differs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +63,85 @@ def adamw_step(
     correction2 = 1 - hyper.betas[1] ** (step + 1)
     denominator = (v.sqrt() / correction2**0.5).add_(hyper.eps)
     param.addcdiv_(m, denominator, value=-hyper.lr / correction1)
+
+
+@torch.no_grad()
+def fused_adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]],
+    hyper: AdamHyper,
+    step: int,
+    scale: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """Apply :func:`adamw_step` to many tensors, each in one pass over its memory.
+
+    On a GPU this is a kernel of ``megafp4_kernels``, on a CPU PyTorch's fused one. Both round the
+    same formula in another order: a weight differs from :func:`adamw_step`'s by a few units in the
+    last place of its move.
+
+    Args:
+        params: FP32 weights on one device; overwritten.
+        grads: FP32 gradients; unspecified afterwards.
+        moments: FP32 first and second moments; overwritten.
+        hyper: Constants of this step, shared by all tensors.
+        step: Index of this step, counted from 0.
+        scale: FP32 [1] on the device; multiplies every gradient.
+        skip: FP32 [1] on the device: 1 leaves weights and moments as they are, 0 takes the step.
+            The host need not know which.
+    """
+    if not params:
+        return
+    if params[0].is_cuda:
+        _step_on_gpu(params, grads, moments, hyper, step, scale, skip)
+        return
+    # Read and not written, so that all tensors can share one.
+    count = torch.full((1,), float(step + 1))
+    torch._fused_adamw_(
+        list(params),
+        list(grads),
+        list(moments[0]),
+        list(moments[1]),
+        [],
+        [count] * len(params),
+        lr=hyper.lr,
+        beta1=hyper.betas[0],
+        beta2=hyper.betas[1],
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None if scale is None else scale.reciprocal(),
+        found_inf=skip,
+    )
+
+
+def _step_on_gpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]],
+    hyper: AdamHyper,
+    step: int,
+    scale: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    from megafp4_kernels.adamw import AdamWNumbers, adamw  # needs triton, an optional package
+
+    device = params[0].device
+    numbers = AdamWNumbers(
+        decay=1 - hyper.lr * hyper.weight_decay,
+        move=-hyper.lr / (1 - hyper.betas[0] ** (step + 1)),
+        root=(1 - hyper.betas[1] ** (step + 1)) ** 0.5,
+        beta2=hyper.betas[1],
+        rest1=1 - hyper.betas[0],
+        rest2=1 - hyper.betas[1],
+        eps=hyper.eps,
+    )
+    scale = torch.ones(1, device=device) if scale is None else scale
+    skip = torch.zeros(1, device=device) if skip is None else skip
+    adamw(params, grads, *moments, numbers, scale, skip)
+    # The kernel writes behind autograd's back, whose version counters tell operands made from a
+    # weight that it has changed.
+    for param in params:
+        torch.autograd.graph.increment_version(param)

@@ -45,11 +45,39 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> tuple[float, fl
     Raises:
         ConfigError: ``max_norm`` is negative or NaN.
     """
-    if not max_norm >= 0:
-        raise ConfigError(f"optim.clip_grad is {max_norm}: give 0 (off) or a positive norm")
+    _check(max_norm)
     norm = global_norm(param.grad for param in params if param.grad is not None)
     if not math.isfinite(norm):
         return norm, math.nan
     if max_norm == 0 or norm <= max_norm:
         return norm, 1.0
     return norm, max_norm / norm
+
+
+@torch.no_grad()
+def clip_grad_norm_on_device(params: Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """:func:`clip_grad_norm` without waiting for the device: both results stay there.
+
+    One fused pass over all gradients, squares summed in FP64.
+
+    Args:
+        params: Parameters, at least one of which has a gradient; all on one device.
+        max_norm: Largest norm allowed; 0 switches clipping off, but the norm is still measured.
+
+    Returns:
+        ``(norm, scale)``, FP64, 0-dim. The scale of a norm that is not finite is NaN.
+
+    Raises:
+        ConfigError: ``max_norm`` is negative or NaN.
+    """
+    _check(max_norm)
+    grads = [param.grad for param in params if param.grad is not None]
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+    limited = max_norm / norm.clamp(min=max_norm) if max_norm else torch.ones_like(norm)
+    return norm, torch.where(norm.isfinite(), limited, math.nan)
+
+
+def _check(max_norm: float) -> None:
+    if not max_norm >= 0:
+        raise ConfigError(f"optim.clip_grad is {max_norm}: give 0 (off) or a positive norm")

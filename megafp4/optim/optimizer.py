@@ -2,6 +2,7 @@
 
 * A dense parameter (embedding, norm, bias, head, and every linear outside the DQT recipes) is its
   own FP32 master and takes an AdamW step.
+  On a GPU all of them move in one pass over memory (:func:`~megafp4.optim.adamw.fused_adamw_step`).
 * A parameter with a ``.grid`` owns no memory; its :class:`~megafp4.numerics.grid.GridWeight` takes
   a Direct Quantized Training step.
 
@@ -21,7 +22,7 @@ from megafp4.config import OptimConfig
 from megafp4.errors import CheckpointError, ConfigError, DivergenceError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.philox import Key
-from megafp4.optim.adamw import AdamHyper, adamw_step
+from megafp4.optim.adamw import AdamHyper, adamw_step, fused_adamw_step
 from megafp4.optim.dqt import dqt_step
 
 
@@ -32,14 +33,23 @@ class Optimizer:
     the moments, so a resumed run cannot disagree with its schedule.
     """
 
-    def __init__(self, params: Mapping[str, nn.Parameter], config: OptimConfig, seed: int) -> None:
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        seed: int,
+        *,
+        fused: bool = False,
+    ) -> None:
         """Allocate the moments; use :func:`build_optimizer`, which checks the parameters.
 
         Args:
             params: Parameters by name.
             config: Adam's constants.
             seed: Seed of the stochastic rounding of grid parameters.
+            fused: Move the dense parameters, which lie on one device, in one kernel.
         """
+        self.fused = fused
         self.params = dict(params)
         self.config = config
         self.seed = seed
@@ -48,7 +58,18 @@ class Optimizer:
         self.grid_statistics: dict[str, StoreStatistics] = {}
         """Flips and saturation of each grid parameter in the last step."""
 
-    def step(self, step: int, lr: float, grad_scale: float = 1.0) -> None:
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether :meth:`step` never waits for the device, given device tensors."""
+        return self.fused and not any(grid_of(param) for param in self.params.values())
+
+    def step(
+        self,
+        step: int,
+        lr: float,
+        grad_scale: float | Tensor = 1.0,
+        skip: Tensor | None = None,
+    ) -> None:
         """Move every parameter that has a gradient.
 
         Args:
@@ -56,31 +77,66 @@ class Optimizer:
                 the random bits of the stochastic rounding.
             lr: Learning rate.
             grad_scale: Multiplies every gradient: the clipping factor of :func:`clip_grad_norm`.
+                A tensor (FP64, 0-dim, on the device) needs :attr:`can_run_ahead`; what the
+                gradients hold afterwards is not specified.
+            skip: FP32, 0-dim, on the device, together with a tensor ``grad_scale``: where it is 1
+                nothing moves.
 
         Raises:
             DivergenceError: ``grad_scale`` is not finite, which means that the gradients are not
-                (nothing has moved then), or the new value of a grid parameter is not.
+                (nothing has moved then), or the new value of a grid parameter is not. A tensor is
+                not looked at: whoever passes one sets ``skip``.
         """
+        if isinstance(grad_scale, Tensor):
+            self._fused_step(step, lr, grad_scale.float().view(1), skip)
+            return
         if not math.isfinite(grad_scale):
             raise DivergenceError(
                 f"the gradients of step {step} hold NaN or Inf: lower the learning rate or go on "
                 "from an earlier checkpoint"
             )
         self.grid_statistics = {}
+        if self.fused:
+            scale = None
+            if grad_scale != 1.0:
+                device = next(iter(self.params.values())).device
+                scale = torch.full((1,), grad_scale, device=device)
+            self._fused_step(step, lr, scale, None)
         for name, param in self.params.items():
-            if param.grad is None:
+            grid = grid_of(param)
+            if param.grad is None or (grid is None and self.fused):
                 continue
             grad = param.grad.float()
             if grad_scale != 1.0:
                 grad = grad * grad_scale
             m, v = self.exp_avg[name], self.exp_avg_sq[name]
             hyper = AdamHyper(lr, self.config.betas, self.config.eps, self.decay_of(param))
-            grid = grid_of(param)
             if grid is None:
                 adamw_step(param, grad, m, v, hyper, step)
             else:
                 key = Key(self.seed, step, grid.layer, "update", "b")
                 self.grid_statistics[name] = dqt_step(grid, grad, m, v, hyper, step, key)
+
+    def _fused_step(self, step: int, lr: float, scale: Tensor | None, skip: Tensor | None) -> None:
+        """Move all dense parameters: those that decay in one call, the others in another."""
+        groups: dict[float, list[str]] = {}
+        for name, param in self.params.items():
+            if param.grad is not None and grid_of(param) is None:
+                groups.setdefault(self.decay_of(param), []).append(name)
+        for decay, names in groups.items():
+            params = [self.params[name] for name in names]
+            grads = [param.grad.float() for param in params if param.grad is not None]
+            moments = ([self.exp_avg[n] for n in names], [self.exp_avg_sq[n] for n in names])
+            hyper = AdamHyper(lr, self.config.betas, self.config.eps, decay)
+            fused_adamw_step(
+                params,
+                grads,
+                moments,
+                hyper,
+                step,
+                scale,
+                None if skip is None else skip.view(1),
+            )
 
     def decay_of(self, param: Tensor) -> float:
         """Weight decay of a parameter: the configured one for two or more dims, else 0."""
@@ -131,7 +187,11 @@ class Optimizer:
 
 
 def build_optimizer(
-    named_params: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, seed: int
+    named_params: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    seed: int,
+    *,
+    fused: bool = False,
 ) -> Optimizer:
     """Build the optimizer of a model.
 
@@ -139,6 +199,7 @@ def build_optimizer(
         named_params: ``model.named_parameters()``; those that need no gradient are left out.
         config: Adam's constants.
         seed: Seed of the run.
+        fused: Move the dense parameters, which must lie on one device, in one kernel.
 
     Raises:
         ConfigError: A dense parameter is not FP32, a name or parameter comes twice, or two grid
@@ -170,7 +231,7 @@ def build_optimizer(
         owners[id(param)] = name
         if grid is not None:
             streams[grid.layer] = name
-    return Optimizer(params, config, seed)
+    return Optimizer(params, config, seed, fused=fused)
 
 
 def grid_of(param: Tensor) -> GridWeight | None:

@@ -41,6 +41,7 @@ class Batches:
         self._order = train
         self._vocab_size = model.vocab_size
         self._device = device
+        self._next: tuple[int, list[MicroBatch]] | None = None
         self._train, self._valid = build_datasets(
             data,
             seq_len=model.seq_len,
@@ -52,12 +53,24 @@ class Batches:
 
     def training(self, step: int) -> list[MicroBatch]:
         """Micro-batches of optimizer step ``step``, counted from 0."""
+        if self._next is not None and self._next[0] == step:
+            found, self._next = self._next[1], None
+            return found
         order = self._order
         first, count = step * order.global_batch, order.global_batch
         return [
             self._read(self._train, consumed)
             for consumed in range(first, first + count, order.micro_batch)
         ]
+
+    def prefetch(self, step: int) -> None:
+        """Read a training batch now, while a GPU is busy; does nothing where there is none to hide.
+
+        Raises:
+            DataError: As :meth:`training`.
+        """
+        if self._device.type == "cuda" and step < self._order.steps:
+            self._next = step, self.training(step)
 
     def validation(self) -> Iterator[MicroBatch]:
         """The fixed validation batches, read one by one; none if the run does not evaluate."""
@@ -88,4 +101,10 @@ class Batches:
                 f"on, but model.vocab_size is {self._vocab_size}: restore or preprocess the token "
                 "files again"
             )
-        return tokens.to(self._device), targets.to(self._device)
+        return self._send(tokens), self._send(targets)
+
+    def _send(self, ids: Tensor) -> Tensor:
+        """Copy to the device without waiting for it, which takes memory that stays in place."""
+        if self._device.type != "cuda":
+            return ids.to(self._device)
+        return ids.pin_memory().to(self._device, non_blocking=True)

@@ -22,17 +22,23 @@ from megafp4.errors import ConfigError
 from megafp4.linear import Linear
 from megafp4.models import QuantizedFactory, build_model, flops_per_token, init_weights
 from megafp4.models.decoder import Decoder
-from megafp4.models.factory import set_recipe
+from megafp4.models.execution import Execution
+from megafp4.models.factory import SavedAs, set_recipe
 from megafp4.optim import Optimizer, build_optimizer, learning_rate
 from megafp4.precision import Precision
 from megafp4.recipes import PrecisionSchedule, Recipe
 from megafp4.report.load import read_object
+from megafp4.train.ahead import DeviceGuard, Flight
 from megafp4.train.batches import Batches
+from megafp4.train.graphs import Recorder
 from megafp4.train.guard import LossGuard
 from megafp4.train.metrics import Clock, Metrics, Screen, Workload, peak_flops
 from megafp4.train.summary import SUMMARY
 
-MAY_CHANGE = ("out", "data.cache", "train.checkpoint_interval", "train.keep_checkpoints")
+MAY_CHANGE = (
+    "out", "data.cache", "train.checkpoint_interval", "train.keep_checkpoints",
+    "train.memory_report", "train.recompute", "saved_as",
+)  # fmt: skip
 """Fields that do not influence any number: a run may be continued with others."""
 
 
@@ -60,6 +66,8 @@ class Run:
     """Which recipe is in force at which step."""
     exempt: tuple[str, ...]
     """Patterns of the linears that stay BF16 under every recipe."""
+    saved_as: SavedAs
+    """Form in which linears keep their input for wgrad."""
     recipe: Recipe
     """Recipe in force now."""
     optimizer: Optimizer
@@ -72,6 +80,17 @@ class Run:
     """Times the steps."""
     metrics: Metrics
     """Where numbers go."""
+    device_guard: DeviceGuard | None = None
+    """Judges on the device, while a run that does not wait for it trains."""
+    flight: Flight | None = None
+    """The step whose numbers have not been read yet, in such a run."""
+    recorder: Recorder | None = None
+    """Replays forward and backward, if the run asks for CUDA graphs."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host need not wait for the device at every step."""
+        return self.device.type == "cuda" and self.optimizer.can_run_ahead
 
     @property
     def steps(self) -> int:
@@ -82,7 +101,10 @@ class Run:
         """Put every linear under the recipe that is in force at a step, if that has changed."""
         recipe = self.schedule.recipe_at(step)
         if recipe != self.recipe:
-            set_recipe(self.model, recipe, self.model.config.layers, self.exempt)
+            layers = self.model.config.layers
+            set_recipe(self.model, recipe, layers, self.exempt, self.saved_as)
+            if self.recorder is not None:
+                self.recorder.restart()
             self.recipe = recipe
             self.metrics.screen.say(f"recipe {recipe.name} from step {step + 1} on")
 
@@ -103,8 +125,8 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
     check_folder(config)
     device = torch.device(config.device)
     data = open_batches(config, device)
-    precision = Precision(seed=config.train.seed)
-    model = make_model(config, schedule, precision).to(device)
+    precision = Precision(seed=config.train.seed, accumulates=True)
+    model = make_model(config, schedule, precision, device)
     clock = Clock()
     work = Workload(
         steps=config.train.steps,
@@ -114,7 +136,12 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
         peak_flops=peak_flops(device),
     )
     folder = Path(config.out)
-    optimizer = build_optimizer(model.named_parameters(), config.optim, config.train.seed)
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        config.optim,
+        config.train.seed,
+        fused=device.type == "cuda",
+    )
     torch.manual_seed(config.train.seed)  # dropout; everything else has generators of its own
     recipe_name = _recipe_name(config)
     screen = Screen(f"{config.name}, {recipe_name}", work, quiet=quiet)
@@ -130,12 +157,14 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
         precision=precision,
         schedule=schedule,
         exempt=config.exempt,
+        saved_as=config.saved_as,
         recipe=schedule.recipe_at(0),
         optimizer=optimizer,
         data=data,
         guard=LossGuard(config.train.spike_factor, config.train.max_spikes),
         clock=clock,
         metrics=Metrics(folder, work, screen, clock),
+        recorder=Recorder(model, precision) if config.train.cuda_graph else None,
     )
 
 
@@ -145,16 +174,23 @@ def _recipe_name(config: RunConfig) -> str:
     return f"{config.recipe}, {text}" if "@" in text else text or config.recipe
 
 
-def make_model(config: RunConfig, schedule: PrecisionSchedule, precision: Precision) -> Decoder:
+def make_model(
+    config: RunConfig, schedule: PrecisionSchedule, precision: Precision, device: torch.device
+) -> Decoder:
     """Build the model with its initial weights, on the grid where the recipe keeps them there."""
     recipe = schedule.recipe_at(0)
-    model = build_model(
-        config.model, _factory(config, recipe, precision), getattr(torch, config.dtype)
-    )
+    with torch.device("meta"):  # what the constructors would draw is not used
+        model = build_model(
+            config.model, _factory(config, recipe, precision), getattr(torch, config.dtype)
+        )
+    model.to_empty(device=device)
     init_weights(model, config.model, config.train.seed)
     for module in model.modules():
         if isinstance(module, Linear) and module.recipe.grid is not None:
             module.to_grid()
+    compiled = config.train.compile
+    on_gpu = device.type == "cuda"
+    model.execute(Execution(on_gpu if compiled is None else compiled, config.train.recompute))
     return model
 
 
@@ -189,7 +225,9 @@ def check(config: RunConfig) -> PrecisionSchedule:
 
 def _factory(config: RunConfig, recipe: Recipe, precision: Precision) -> QuantizedFactory:
     layers = config.model.layers
-    return QuantizedFactory(recipe, config.backend, precision, layers, config.exempt)
+    return QuantizedFactory(
+        recipe, config.backend, precision, layers, config.exempt, config.saved_as
+    )
 
 
 def open_batches(config: RunConfig, device: torch.device) -> Batches:

@@ -28,14 +28,15 @@ def evaluate(
     precision.ledger, precision.probe = Ledger(), None
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    count = 0
+    count = torch.zeros((), dtype=torch.int64)
     try:
         with torch.no_grad():
             for number, (tokens, targets) in enumerate(batches):
                 precision.first_token = number * tokens.numel()
-                predicted = int((targets != -1).sum())
-                total += model(tokens, targets).cpu().double() * predicted
-                count += predicted
+                predicted = (targets != -1).sum()
+                # On the device, which need not be waited for between batches.
+                total = total.to(tokens.device) + model(tokens, targets).double() * predicted
+                count = count.to(tokens.device) + predicted
     finally:
         precision.ledger, precision.probe = ledger, probe
         model.train(was_training)

@@ -1,7 +1,7 @@
 """What a checkpoint of a run holds, and how a run goes on from it.
 
 Tensors: the model's as they are stored (grid codes for DQT), the optimizer's moments, and the state
-of the generator that dropout draws from. JSON: how far the run is, the guard's running mean, the
+of the generators that dropout draws from. JSON: how far the run is, the guard's running mean, the
 precision ledger, the clock. Data needs nothing: batches follow from the step.
 """
 
@@ -46,7 +46,7 @@ def save(run: Run, progress: Progress) -> None:
         {
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
-            "rng": checkpoint.capture_rng(),
+            "rng": checkpoint.capture_rng(run.device),
         },
         {
             **losses,
@@ -85,7 +85,7 @@ def restore(run: Run) -> Progress:
         )
     run.model.load_state_dict(saved.tensors["model"])
     run.optimizer.load_state_dict(saved.tensors["optimizer"])
-    checkpoint.restore_rng(saved.tensors["rng"])
+    checkpoint.restore_rng(saved.tensors["rng"], run.device)
     run.guard.load_state_dict(saved.meta["guard"])
     run.clock.load_state_dict(saved.meta["clock"])
     run.precision.ledger = Ledger.from_json(saved.meta["ledger"])

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import Tensor
 
-from megafp4.optim import AdamHyper, adamw_step
+from megafp4.optim import AdamHyper, adamw_step, fused_adamw_step
 
 
 def run_both(steps: int, *, weight_decay: float, betas=(0.9, 0.95), eps=1e-8, shape=(7, 5)):
@@ -55,3 +56,43 @@ def test_decay_is_decoupled_from_the_gradient():
     assert torch.equal(param, torch.full((3,), 2.0 * (1 - 0.05)))
     assert not m.any()
     assert not v.any()
+
+
+def fused_case(seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(33, 7), (5,), (128, 64)]
+    params, grads, m, v = (
+        [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)
+    )
+    return params, grads, m, [one.abs() for one in v]
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_the_fused_step_agrees_with_the_exact_one(scale: float | None) -> None:
+    """Within a few units in the last place of the weight and of its move."""
+    hyper = AdamHyper(1e-2, (0.9, 0.95), 1e-8, 0.1)
+    params, grads, m, v = fused_case(0)
+    exact_params, exact_grads, exact_m, exact_v = fused_case(0)
+    factor = None if scale is None else torch.tensor([scale])
+    for step in range(5):
+        if step:
+            grads, exact_grads = fused_case(step)[1], fused_case(step)[1]
+        fused_adamw_step(params, grads, (m, v), hyper, step, factor)
+        for param, grad, first, second in zip(
+            exact_params, exact_grads, exact_m, exact_v, strict=True
+        ):
+            adamw_step(param, grad * (scale or 1.0), first, second, hyper, step)
+    for mine, exact in zip([*params, *m, *v], [*exact_params, *exact_m, *exact_v], strict=True):
+        torch.testing.assert_close(mine, exact, rtol=2e-6, atol=1e-7)
+
+
+def test_the_fused_step_is_skipped_by_a_flag_on_the_device() -> None:
+    hyper = AdamHyper(1e-2, (0.9, 0.95), 1e-8, 0.1)
+    params, grads, m, v = fused_case(0)
+    before = [one.clone() for one in [*params, *m, *v]]
+    nan = torch.full((1,), float("nan"))
+    fused_adamw_step(params, grads, (m, v), hyper, 0, nan, skip=torch.ones(1))
+    assert [torch.equal(a, b) for a, b in zip(before, [*params, *m, *v], strict=True)] == [True] * 9
+    fused_adamw_step(params, fused_case(0)[1], (m, v), hyper, 0, None, skip=torch.zeros(1))
+    assert not any(torch.equal(a, b) for a, b in zip(before, [*params, *m, *v], strict=True))
+    fused_adamw_step([], [], ([], []), hyper, 0)

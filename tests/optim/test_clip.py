@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from megafp4.errors import ConfigError
-from megafp4.optim import clip_grad_norm, global_norm
+from megafp4.optim import clip_grad_norm, clip_grad_norm_on_device, global_norm
 
 
 def parameters_with_gradients(scale: float) -> list[nn.Parameter]:
@@ -87,3 +87,24 @@ def test_bfloat16_gradients_are_summed_in_full_precision():
 def test_a_limit_that_makes_no_sense(max_norm):
     with pytest.raises(ConfigError, match=r"clip_grad is .*: give 0"):
         clip_grad_norm([], max_norm)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e3])
+def test_on_the_device_the_same_numbers_come_as_tensors(scale, max_norm):
+    params = parameters_with_gradients(scale)
+    norm, factor = clip_grad_norm_on_device(params, max_norm)
+    expected = clip_grad_norm(params, max_norm)
+    assert norm.dtype == factor.dtype == torch.float64
+    assert (norm.item(), factor.item()) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_on_the_device_too_nothing_bad_is_clipped_away(bad):
+    params = parameters_with_gradients(1.0)
+    params[1].grad[3] = bad
+    norm, factor = clip_grad_norm_on_device(params, 1.0)
+    assert not norm.isfinite()
+    assert factor.isnan()
+    with pytest.raises(ConfigError, match=r"clip_grad is -1"):
+        clip_grad_norm_on_device(params, -1.0)

@@ -252,3 +252,44 @@ def test_memory_counts_shared_memory_once() -> None:
     optimizer = build_optimizer([("embedding", shared)], CONFIG, 0)
     named = [("embedding", shared), ("head", shared)]
     assert memory_report(named, optimizer)["weights"] == 4.0
+
+
+def test_fused_and_device_tensors_move_what_the_exact_step_moves() -> None:
+    """Grid parameters keep their own step; a tensor for a scale leaves no room for them."""
+    exact, fused = mixed(), None
+    torch.manual_seed(20260)
+    params = dict(mixed().params)
+    fused = build_optimizer(params.items(), CONFIG, seed=11, fused=True)
+    for mine, other in zip(fused.params.values(), exact.params.values(), strict=True):
+        other.grad = torch.randn(other.shape)
+        mine.grad = other.grad.clone()
+        if not hasattr(mine, "grid"):
+            mine.data.copy_(other.data)
+        else:
+            mine.grid.load_state_dict(other.grid.state_dict())
+    for optimizer in (exact, fused):
+        optimizer.step(3, 1e-2, grad_scale=0.5)
+    found, expected = stored(fused), stored(exact)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-6, atol=1e-7)
+    assert not fused.can_run_ahead
+    assert fused.grid_statistics.keys() == {"a", "b"}
+
+
+def test_a_tensor_scale_is_a_number_and_a_flag_stops_the_step() -> None:
+    def dense() -> Optimizer:
+        torch.manual_seed(1)
+        params = {"w": nn.Parameter(torch.randn(9, 8)), "b": nn.Parameter(torch.randn(8))}
+        optimizer = build_optimizer(params.items(), CONFIG, seed=0, fused=True)
+        set_gradients(optimizer)
+        return optimizer
+
+    numbers, tensors, skipped = dense(), dense(), dense()
+    assert tensors.can_run_ahead
+    before = stored(skipped)
+    numbers.step(0, 1e-2, grad_scale=0.25)
+    go = torch.zeros((), dtype=torch.float32)
+    tensors.step(0, 1e-2, grad_scale=torch.tensor(0.25, dtype=torch.float64), skip=go)
+    skipped.step(0, 1e-2, grad_scale=torch.tensor(math.nan, dtype=torch.float64), skip=go + 1)
+    assert_same(stored(numbers), stored(tensors))
+    assert_same(before, stored(skipped))

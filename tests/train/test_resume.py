@@ -58,10 +58,10 @@ def run_killed_at(config: RunConfig, step: int, where: str, patch: pytest.Monkey
     """Start or continue a run, and kill it around optimizer step ``step`` (counted from 0)."""
     step_of_optimizer, save = Optimizer.step, state.save
 
-    def killed_step(self: Optimizer, at: int, lr: float, grad_scale: float = 1.0) -> None:
+    def killed_step(self: Optimizer, at: int, lr: float, **options: Any) -> None:
         if at == step and where == "before":
             raise Killed
-        step_of_optimizer(self, at, lr, grad_scale)
+        step_of_optimizer(self, at, lr, **options)
         if at == step and where == "after":
             raise Killed
 

@@ -1,0 +1,151 @@
+"""Forward and backward of a micro-batch as a CUDA graph, so that launching costs nothing.
+
+A step of a large model launches thousands of kernels, some of a few microseconds; Python takes
+longer to launch them than the GPU to run them. A graph is recorded once and replayed with one call.
+Kernels read the seed, the step and the first token from the device, so each replay draws its own
+random bits, the same that an eager step would.
+
+Two graphs: one for the first micro-batch of a step, which quantizes the weights and writes the
+gradients, one for the others, which share the weights and add. Both live in one memory pool, which
+is as large as an eager step's memory; so a step that has to run eagerly (statistics are collected,
+the recipe has changed) releases them, and the next one records them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megafp4.backends import HopperBackend, Ledger
+from megafp4.errors import UnsupportedError
+from megafp4.linear import Linear
+from megafp4.models.decoder import Decoder
+from megafp4.precision import Precision
+from megafp4.train.batches import MicroBatch
+
+
+class Recording:
+    """One graph, with the memory that it reads and writes."""
+
+    def __init__(self, tokens: Tensor, targets: Tensor) -> None:
+        self.tokens, self.targets = tokens.clone(), targets.clone()
+        self.share = torch.ones((), device=tokens.device)
+        self.loss = torch.zeros((), device=tokens.device)
+        self.ledger = Ledger()
+        self.graph = torch.cuda.CUDAGraph()
+
+    def replay(self, tokens: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        """Run it on a micro-batch; the loss is overwritten by the next replay."""
+        self.tokens.copy_(tokens)
+        self.targets.copy_(targets)
+        self.share.copy_(share)
+        self.graph.replay()
+        return self.loss
+
+
+class Recorder:
+    """Replays a model's forward and backward passes, recording them when they are first asked for.
+
+    Args:
+        model: A model whose linears run on backend ``hopper``.
+        precision: Shared by its linears.
+
+    Raises:
+        UnsupportedError: A linear runs on another backend, whose random bits a graph would freeze,
+            or holds its weight on a grid.
+    """
+
+    def __init__(self, model: Decoder, precision: Precision) -> None:
+        self._model, self._precision = model, precision
+        self._linears = [one for one in model.modules() if isinstance(one, Linear)]
+        self._backends: list[HopperBackend] = []
+        for linear in self._linears:
+            backend = linear.op.backend
+            if not isinstance(backend, HopperBackend):
+                raise UnsupportedError(
+                    f"train.cuda_graph needs backend 'hopper', and {linear.op.name!r} runs on "
+                    f"{backend.name!r}: change --backend or leave train.cuda_graph off"
+                )
+            if linear.grid is not None:
+                raise UnsupportedError(
+                    f"train.cuda_graph cannot record {linear.op.name!r}, whose weight lives on a "
+                    "grid that every step replaces: leave train.cuda_graph off"
+                )
+            if all(backend is not known for known in self._backends):
+                self._backends.append(backend)
+        self._recordings: list[Recording] = []
+        self._gradients: list[Tensor | None] = []
+        self._pool: Any = None
+        self._warm = False
+
+    def accumulate(self, batches: Sequence[MicroBatch], shares: Tensor, step: int) -> Tensor | None:
+        """Accumulate the gradients of a step.
+
+        Args:
+            batches: Its micro-batches, all of one shape.
+            shares: FP32 [number of micro-batches]: weight of each in the loss.
+            step: Index of the optimizer step.
+
+        Returns:
+            FP32 0-dim loss, or None where the step must run eagerly first: compilation, windows
+            and workspaces come into being then.
+        """
+        if self._precision.probe is not None:
+            self.release()
+            return None
+        if not self._warm:
+            self._warm = True
+            return None
+        if not self._recordings:
+            for linear in self._linears:
+                linear.op.forget_weights()
+            torch.cuda.empty_cache()
+        total = torch.zeros((), device=shares.device)
+        first_token = 0
+        for index, (tokens, targets) in enumerate(batches):
+            for backend in self._backends:
+                backend.pin_position(self._precision.seed, step, first_token, tokens.device)
+            kind = min(index, 1)
+            if len(self._recordings) == kind:
+                self._precision.step, self._precision.first_token = step, first_token
+                self._recordings.append(self._record(tokens, targets))
+            recording = self._recordings[kind]
+            total += recording.replay(tokens, targets, shares[index])
+            self._precision.ledger.merge(recording.ledger)
+            first_token += tokens.numel()
+        for backend in self._backends:
+            backend.unpin_position()
+        for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
+            parameter.grad = gradient
+        return total
+
+    def restart(self) -> None:
+        """Start over, as after a change of the recipe: the next step runs eagerly."""
+        self.release()
+        self._warm = False
+
+    def release(self) -> None:
+        """Forget the graphs and give their memory back."""
+        if self._recordings:
+            self._recordings, self._gradients, self._pool = [], [], None
+            for linear in self._linears:
+                linear.op.forget_weights()
+            torch.cuda.empty_cache()
+
+    def _record(self, tokens: Tensor, targets: Tensor) -> Recording:
+        made = Recording(tokens, targets)
+        ledger, self._precision.ledger = self._precision.ledger, made.ledger
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(made.graph, pool=self._pool):
+                loss = self._model(made.tokens, made.targets) * made.share
+                loss.backward()
+                made.loss = loss.detach()
+        finally:
+            self._precision.ledger = ledger
+        self._gradients = [parameter.grad for parameter in self._model.parameters()]
+        return made
