@@ -313,6 +313,7 @@ def _occ(x: Tensor, alpha: float, mode: str, residual: str) -> list[Tensor]:
         STEPS=triton.cdiv(tokens, programs),
         WORDS=tile // per_word,
         num_warps=min(32, max(1, tile // _FEATURES_PER_WARP)),
+        enable_fp_fusion=False,  # every product and sum is rounded, as in the specification
     )
     return outputs
 

@@ -171,6 +171,7 @@ def _recast(
         ROWS=_TILE[0],
         COLS=_TILE[1],
         num_warps=4,
+        enable_fp_fusion=False,  # value and outlier are each rounded, as in the specification
     )
     return [*outputs, target]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megafp4.config import ModelConfig
 from megafp4.errors import ConfigError
@@ -16,14 +14,6 @@ from megafp4.models.layers import Block, Rotary
 
 if TYPE_CHECKING:
     from megafp4.models.factory import LayerFactory
-
-ATTENTION = (
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)
-"""Attention kernels on a GPU, fastest first; the first one that takes the operands runs."""
 
 
 class Decoder(nn.Module):
@@ -80,8 +70,6 @@ class Decoder(nn.Module):
             )
         x = self.dropout(self.embed(tokens).to(self.dtype))
         rotary = self.rotary(tokens)
-        fastest = sdpa_kernel(list(ATTENTION), set_priority=True)
-        with fastest if x.is_cuda else contextlib.nullcontext():
-            for block in self.blocks:
-                x = block(x, rotary)
+        for block in self.blocks:
+            x = block(x, rotary)
         return self.head(self.final_norm(x), self.embedding.weight, targets)

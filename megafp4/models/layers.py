@@ -9,12 +9,14 @@ heads, D head width, V vocabulary. Parameters are FP32; activations keep the typ
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megafp4.config import ModelConfig
 from megafp4.errors import unknown_name
@@ -23,6 +25,14 @@ from megafp4.models.loss import head_loss, score_chunk
 
 if TYPE_CHECKING:
     from megafp4.models.factory import LayerFactory
+
+ATTENTION = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+"""Attention kernels on a GPU, fastest first; the first one that takes the operands runs."""
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines [S, D / 2], FP32."""
@@ -209,15 +219,18 @@ class SelfAttention(nn.Module):
 def attend(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float = 0.0) -> Tensor:
     """Causal attention, [B, S, N D]; ``dropout`` is the probability of dropping a weight.
 
-    Not compiled: it is one fused kernel, which :mod:`megafp4.models.decoder` chooses.
+    Not compiled: it is one fused kernel, on a GPU the first of :data:`ATTENTION` that takes it.
     """
     group = q_BNSD.shape[1] // k_BGSD.shape[1]
     shared = group > 1 and q_BNSD.is_cuda
     if group > 1 and not shared:  # the fused CPU kernel wants as many key heads as query heads
         k_BGSD, v_BGSD = _repeat_heads(k_BGSD, group), _repeat_heads(v_BGSD, group)
-    mixed_BNSD = F.scaled_dot_product_attention(
-        q_BNSD, k_BGSD, v_BGSD, dropout_p=dropout, is_causal=True, enable_gqa=shared
-    )
+    # Here and not around the model: a block that is computed again must take the same kernel.
+    fastest = sdpa_kernel(list(ATTENTION), set_priority=True)
+    with fastest if q_BNSD.is_cuda else contextlib.nullcontext():
+        mixed_BNSD = F.scaled_dot_product_attention(
+            q_BNSD, k_BGSD, v_BGSD, dropout_p=dropout, is_causal=True, enable_gqa=shared
+        )
     return mixed_BNSD.transpose(1, 2).flatten(2)
 
 
