@@ -43,7 +43,7 @@ class BF16Backend(SimulatedBackend):
         """FP32 [M, N]: the product of the decoded operands times alpha."""
         left, left_scale = decode(a, axes[0])
         right, right_scale = decode(b, axes[1])
-        out = _matmul(left, right) * alpha
+        out = matmul(left, right) * alpha
         if left_scale is not None:
             out *= left_scale.reshape(-1, 1)
         if right_scale is not None:
@@ -67,7 +67,7 @@ def decode(operand: QTensor | torch.Tensor, axis: int) -> tuple[torch.Tensor, to
     return line_major(decoded, axis), scale
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """A B^T with an FP32 result."""
     if a.is_cuda:
         return torch.mm(a, b.t(), out_dtype=torch.float32)

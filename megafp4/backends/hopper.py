@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 
 from megafp4.backends.base import Operand, PackedOperand, Prepared, Slope, finish, line_major
-from megafp4.backends.bf16 import decode
+from megafp4.backends.bf16 import decode, matmul
 from megafp4.backends.hopper_cast import Caster
 from megafp4.errors import UnsupportedError
 from megafp4.numerics import QTensor
@@ -188,7 +188,7 @@ def _bf16(
         if bias is None:
             return torch.mm(left, right.t())
         return torch.addmm(bias.to(torch.bfloat16), left, right.t())
-    out = torch.mm(left, right.t(), out_dtype=torch.float32)
+    out = matmul(left, right)
     if not plain:
         out *= alpha
         if scale_a is not None:

@@ -1,0 +1,238 @@
+"""What the kernels compute, by megafp4.numerics: backend hopper on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megafp4.numerics import (
+    Key,
+    QTensor,
+    amax,
+    clamp_outliers,
+    dge_multiplier,
+    encode,
+    fold_outliers,
+    hadamard,
+    hadamard_signs,
+    quantize,
+    scales_from_amax,
+)
+from megafp4.numerics.fold import fold
+from megafp4.numerics.qtensor import unpack as unpack_codes
+
+from megafp4_kernels import amax as amax_kernels  # isort: skip
+from megafp4_kernels import casts, gemm, gemm_int8, mxfp4, nvfp4, outliers, recast  # isort: skip
+
+
+def key_of(stream: int, position: Tensor, step: int = -1) -> Key:
+    """Undo Key.stream."""
+    seed, now, _ = position.tolist()
+    layer, rest = stream >> 8, stream & 0xFF
+    return Key(seed % (1 << 64), now if step < 0 else step, layer, rest >> 4, rest & 15)
+
+
+def origin_of(offset: str, position: Tensor) -> tuple[int, int]:
+    first = int(position[2])
+    return (first if offset == "line" else 0, first if offset == "k" else 0)
+
+
+class Calls(list[str]):
+    """Names of the kernels that ran, in order."""
+
+
+def _mxfp4(x: Tensor, position: Tensor, plan: mxfp4.Plan) -> mxfp4.Folded | mxfp4.Packed:
+    """Quantize lines x K."""
+    if plan.hadamard:
+        signs = hadamard_signs(
+            key_of(plan.sign_stream, position, plan.sign_step), plan.hadamard, "cpu"
+        )
+        x = hadamard(x, plan.hadamard, 1, signs)
+    q = quantize(
+        x,
+        "mxfp4",
+        1,
+        plan.rounding,  # type: ignore[arg-type]
+        key_of(plan.stream, position),
+        prescale=plan.prescale,
+        origin=origin_of(plan.offset, position),
+    )
+    if plan.output == "packed":
+        return mxfp4.Packed(q.pack(), q.scales)
+    folded = fold(q)
+    return mxfp4.Folded(folded.data, folded.scale.reshape(1).float())
+
+
+def _scale(x: Tensor, fmt: str, axis: int | None) -> Tensor:
+    scaling = "tensor" if axis is None else "vector"
+    found = amax(x, fmt, 1 if axis is None else axis, scaling)
+    return scales_from_amax(found, fmt)[0].reshape(-1)
+
+
+def _as_operand(q: QTensor) -> Tensor:
+    name = q.format.name
+    if name in ("int8", "ternary"):
+        return q.values().to(torch.int8)
+    if name == "fp4-vector":
+        return q.values().to(torch.float8_e4m3fn)
+    return q.codes.view(casts.DTYPES[name])
+
+
+def install(patch: pytest.MonkeyPatch) -> Calls:
+    """Put the twins in the kernels' places; return the list that they write their names to."""
+    calls = Calls()
+
+    def quantize_twin(x, position, row, col, *, col_from_e4m3=None):  # type: ignore[no-untyped-def]
+        calls.append("mxfp4.both" if row and col else "mxfp4.row" if row else "mxfp4.col")
+        first = second = None
+        if isinstance(row, mxfp4.E4M3Plan):
+            q = encode(x, "fp8-e4m3", row.scale.view(1, 1), scaling="tensor")
+            first = mxfp4.Folded(_as_operand(q), row.scale)
+        elif row is not None:
+            first = _mxfp4(x, position, row)
+        if col is not None:
+            if col_from_e4m3 is not None:
+                of = col_from_e4m3.view(1, 1)
+                x = encode(x, "fp8-e4m3", of, scaling="tensor").dequantize()
+            second = _mxfp4(x.t().contiguous(), position, col)
+        return first, second
+
+    def unpack_twin(packed, window=None):  # type: ignore[no-untyped-def]
+        calls.append("mxfp4.unpack")
+        like = quantize(torch.zeros(packed.codes.shape[0], packed.codes.shape[1] * 2), "mxfp4", 1)
+        codes = unpack_codes(packed.codes, "mxfp4", 1)
+        q = QTensor(codes, packed.scales, None, like.format, 1, "block")
+        folded = fold(q)
+        return mxfp4.Folded(folded.data, folded.scale.reshape(1).float())
+
+    def cast_twin(x, fmt, scale, *, row=True, col=False, scale_axis=None, **options):  # type: ignore[no-untyped-def]
+        calls.append(f"cast.{fmt}")
+        position, stream = options.get("position"), options.get("stream", 0)
+        rounding = options.get("rounding", "nearest-even")
+        if scale_axis is None:
+            scales, scaling = scale.view(1, 1), "tensor"
+        else:
+            scales = scale[:, None] if scale_axis == 0 else scale[None, :]
+            scaling = "vector"
+        axis = 1 if row else 0
+        q = encode(
+            x,
+            fmt,
+            scales,
+            axis if scaling == "tensor" else 1 - scale_axis,
+            rounding,
+            key_of(stream, position) if rounding == "stochastic" else None,
+            scaling=scaling,  # type: ignore[arg-type]
+            prescale=options.get("prescale", 1.0),
+        )
+        data = _as_operand(q)
+        return data if row else None, data.t().contiguous() if col else None
+
+    def gemm_twin(
+        a,
+        b,
+        *,
+        scale_a,
+        scale_b,
+        alpha=1.0,
+        bias=None,
+        out_dtype=torch.bfloat16,
+        out=None,
+        accumulate=False,
+        slope=None,
+    ):  # type: ignore[no-untyped-def]  # noqa: E501
+        calls.append("gemm")
+        made = (a.float() @ b.float().t()) * alpha * scale_a.view(-1, 1) * scale_b.view(1, -1)
+        if bias is not None:
+            made += bias
+        if slope is not None:
+            scaled = slope.weight.float() * (1.0 / slope.scale.view(-1, 1))
+            made *= dge_multiplier(scaled, slope.k, slope.cap)
+        return out.add_(made) if accumulate else made.to(out_dtype)
+
+    def int8_twin(a, b, **options):  # type: ignore[no-untyped-def]
+        made = gemm_twin(a, b, **options)
+        calls[-1] = "gemm_int8"
+        return made
+
+    def nvfp4_twin(
+        x,
+        axis=1,
+        *,
+        tile=False,
+        rounding="nearest-even",
+        prescale=1.0,
+        position=None,
+        stream=0,
+        offset="none",
+        hadamard=0,
+        sign_stream=0,
+        sign_step=-1,
+        codes=True,
+        values=True,
+    ):  # type: ignore[no-untyped-def]  # noqa: E501
+        calls.append("nvfp4")
+        g = hadamard
+        if g:
+            x = _hadamard(x, g, axis, key_of(sign_stream, position, sign_step))
+        first = origin_of(offset, position)
+        q = quantize(
+            x,
+            "nvfp4",
+            axis,
+            rounding,
+            key_of(stream, position),
+            scaling="tile" if tile else None,
+            prescale=prescale,
+            origin=first,
+        )
+        assert q.tensor_scale is not None
+        decoded = q.dequantize() / q.tensor_scale
+        lines = decoded if axis == 1 else decoded.t()
+        return nvfp4.NVFP4(None, q.scales, q.tensor_scale.view(1), lines.bfloat16().contiguous())
+
+    def occ_twin(x, alpha, *, mode="signed", residual="exact"):  # type: ignore[no-untyped-def]
+        calls.append(f"occ.{residual}")
+        clamped, rest = clamp_outliers(x.float(), alpha, mode)
+        q = quantize(clamped, "fp4-vector", 1, "nearest-up")
+        value = q.dequantize()
+        if residual == "folded":
+            q = fold_outliers(q, x.float(), clamped)
+            value, rest = q.dequantize(), torch.zeros_like(rest)
+        elif residual == "none":
+            rest = torch.zeros_like(rest)
+        peak = (value + rest).abs().amax(1)
+        limits = torch.stack([clamped.amin(1), clamped.amax(1)])
+        saturated = torch.zeros(1, dtype=torch.int32)
+        return outliers.Clamped(
+            _as_operand(q), q.scales.view(-1), limits, peak, rest.bfloat16(), saturated
+        )
+
+    def recast_twin(data, scale, *, peak=None, x=None, limits=None, row=False, col=True):  # type: ignore[no-untyped-def]
+        calls.append("recast")
+        value = data.float() * scale.view(-1, 1)
+        if x is not None:
+            low, high = limits[0][:, None], limits[1][:, None]
+            value = value + (x.float() - x.float().clamp(low, high))
+        q = quantize(value, "fp8-e4m3")
+        codes = _as_operand(q)
+        return codes if row else None, codes.t().contiguous() if col else None, q.scales.view(1)
+
+    for module, name, twin in (
+        (mxfp4, "quantize", quantize_twin),
+        (mxfp4, "unpack", unpack_twin),
+        (amax_kernels, "scale", _scale),
+        (casts, "cast", cast_twin),
+        (gemm, "gemm", gemm_twin),
+        (gemm_int8, "gemm_int8", int8_twin),
+        (nvfp4, "quantize_nvfp4", nvfp4_twin),
+        (outliers, "occ", occ_twin),
+        (recast, "recast", recast_twin),
+    ):
+        patch.setattr(module, name, twin)
+    return calls
+
+
+def _hadamard(x: Tensor, g: int, axis: int, key: Key) -> Tensor:
+    return hadamard(x, g, axis, hadamard_signs(key, g, "cpu"))

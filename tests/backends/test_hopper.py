@@ -1,0 +1,157 @@
+"""Which kernels backend hopper asks for, and that they add up to the recipe; kernels by twins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels import it")
+
+from megafp4.backends import HopperBackend, hopper
+from megafp4.errors import UnsupportedError
+from megafp4.linear import Linear
+from megafp4.precision import Precision
+from megafp4.recipes import Recipe, get_recipe, recipe_names
+from tests.backends.kernel_twins import Calls, install
+
+BF16_ROUNDINGS = 6e-3
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    monkeypatch.setattr(hopper, "device_capability", lambda: (9, 0))
+    return install(monkeypatch)
+
+
+def train_step(
+    recipe: str | Recipe, backend: str, micro_batches: int = 1
+) -> tuple[Linear, list[torch.Tensor]]:
+    precision = Precision(seed=2**63 + 11, step=5, first_token=64)
+    torch.manual_seed(0)
+    linear = Linear(64, 128, recipe=recipe, backend=backend, precision=precision, layer=3)
+    if linear.recipe.grid is not None:
+        linear.to_grid()
+    for _ in range(micro_batches):
+        x = (torch.randn(192, 64) * torch.randn(64).exp()).bfloat16().requires_grad_()
+        y = linear(x)
+        y.backward((torch.randn(192, 128) * 1e-4).bfloat16())
+        precision.first_token += 192
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    return linear, [y.detach(), x.grad, linear.weight.grad]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_step_equals_the_references(name: str, calls: Calls) -> None:
+    _, expected = train_step(name, "reference")
+    linear, found = train_step(name, "hopper")
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < BF16_ROUNDINGS
+    assert {str(row["backend"]).split("/")[0] for row in linear.op.precision.ledger.rows()} == {
+        "hopper"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("bf16", []),
+        # dY for both GEMMs in one pass, the weight, the activation.
+        ("mxfp4", ["mxfp4.both", "mxfp4.col", "gemm", "mxfp4.col", "gemm"]),
+        # The activation for forward and wgrad in one pass.
+        (
+            "mxfp4-fp8",
+            ["mxfp4.both", "cast.fp8-e4m3", "gemm", "mxfp4.both", "mxfp4.col", "gemm", "gemm"],
+        ),
+        (
+            "fp8",
+            [
+                *("cast.fp8-e4m3", "cast.fp8-e4m3", "gemm"),
+                *("cast.fp8-e5m2", "cast.fp8-e4m3", "gemm"),
+                *("cast.fp8-e4m3", "gemm"),
+            ],
+        ),
+    ],
+)
+def test_what_one_pass_can_serve_is_asked_for_together(
+    name: str, kernels: list[str], calls: Calls
+) -> None:
+    train_step(name, "hopper")
+    assert calls == kernels
+
+
+def test_weights_are_quantized_once_a_step(calls: Calls) -> None:
+    train_step("mxfp4-fp8", "hopper", micro_batches=3)
+    assert calls.count("cast.fp8-e4m3") == 1
+    assert calls.count("gemm") == 9
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4-fp8", "nvfp4", "fp8", "fp4", "fp4-folded"])
+def test_how_the_input_waits_changes_nothing(name: str, calls: Calls) -> None:
+    base = get_recipe(name)
+    results = []
+    for form in ("input", "operand", *(("packed",) if "mxfp4" in name else ())):
+        wgrad = replace(base.wgrad, b=replace(base.wgrad.b, saved_as=form))
+        results.append(train_step(replace(base, wgrad=wgrad), "hopper")[1])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_the_ledger_tells_fp8_and_int8_from_bf16(calls: Calls) -> None:
+    found = {}
+    for name in ("mxfp4", "nvfp4", "bitnet"):
+        linear, _ = train_step(name, "hopper")
+        found[name] = [row["backend"] for row in linear.op.precision.ledger.rows()]
+    assert found == {
+        "mxfp4": ["hopper/bf16", "hopper", "hopper"],
+        "nvfp4": ["hopper/bf16"] * 3,
+        "bitnet": ["hopper", "hopper/bf16", "hopper/bf16"],
+    }
+
+
+def test_gradients_are_added_where_they_lie_only_if_allowed(calls: Calls) -> None:
+    linear, _ = train_step("mxfp4", "hopper")
+    x = torch.randn(192, 64).bfloat16()
+    y = linear(x)
+    dy = torch.ones_like(y)
+    (apart,) = torch.autograd.grad(y, linear.weight, dy, retain_graph=True)
+    first = linear.weight.grad.clone()
+    linear.op.precision.accumulates = True
+    address = linear.weight.grad.data_ptr()
+    linear(x.requires_grad_()).backward(dy)
+    assert linear.weight.grad.data_ptr() == address
+    torch.testing.assert_close(linear.weight.grad, first + apart)
+
+
+def test_pinned_positions_rule(calls: Calls) -> None:
+    linear, eager = train_step("mxfp4", "hopper")
+    backend = linear.op.backend
+    assert isinstance(backend, HopperBackend)
+    backend.pin_position(2**63 + 11, 5, 64, torch.device("cpu"))
+    precision = linear.op.precision
+    precision.step, precision.first_token = 99, 0  # what a recorded graph would have frozen
+    torch.manual_seed(0)
+    again = Linear(64, 128, recipe="mxfp4", backend=backend, precision=precision, layer=3)
+    x = (torch.randn(192, 64) * torch.randn(64).exp()).bfloat16().requires_grad_()
+    y = again(x)
+    y.backward((torch.randn(192, 128) * 1e-4).bfloat16())
+    assert all(
+        torch.equal(a, b) for a, b in zip((y, x.grad, again.weight.grad), eager, strict=True)
+    )
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+    base = get_recipe("mxfp4")
+    odd = replace(base.dgrad.a, dither_bits=16)
+    recipe = replace(base, dgrad=replace(base.dgrad, a=odd))
+    with pytest.raises(UnsupportedError, match=r"8 random bits, not 'stochastic' with 16: change"):
+        train_step(recipe, "hopper")
+    with pytest.raises(UnsupportedError, match=r"cannot multiply fp32 x bf16: choose backend"):
+        HopperBackend().check("fp32", "bf16")
+    for found, words in ((None, "no CUDA GPU"), ((8, 0), r"one of 8\.0")):
+        monkeypatch.setattr(hopper, "device_capability", lambda found=found: found)
+        with pytest.raises(UnsupportedError, match=rf"9\.0 \(H100, H200\) and .* has {words}"):
+            Linear(64, 128, recipe="mxfp4", backend="hopper")
