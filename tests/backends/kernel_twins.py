@@ -79,12 +79,14 @@ def _as_operand(q: QTensor) -> Tensor:
     return q.codes.view(casts.DTYPES[name])
 
 
-def install(patch: pytest.MonkeyPatch) -> Calls:
-    """Put the twins in the kernels' places; return the list that they write their names to."""
-    calls = Calls()
+class Twins:
+    """The kernels' functions, with the kernels' signatures."""
 
-    def quantize_twin(x, position, row, col, *, col_from_e4m3=None):  # type: ignore[no-untyped-def]
-        calls.append("mxfp4.both" if row and col else "mxfp4.row" if row else "mxfp4.col")
+    def __init__(self) -> None:
+        self.calls = Calls()
+
+    def quantize(self, x, position, row, col, *, col_from_e4m3=None):  # type: ignore[no-untyped-def]
+        self.calls.append("mxfp4.both" if row and col else "mxfp4.row" if row else "mxfp4.col")
         first = second = None
         if isinstance(row, mxfp4.E4M3Plan):
             q = encode(x, "fp8-e4m3", row.scale.view(1, 1), scaling="tensor")
@@ -98,16 +100,16 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
             second = _mxfp4(x.t().contiguous(), position, col)
         return first, second
 
-    def unpack_twin(packed, window=None):  # type: ignore[no-untyped-def]
-        calls.append("mxfp4.unpack")
+    def unpack(self, packed, window=None):  # type: ignore[no-untyped-def]
+        self.calls.append("mxfp4.unpack")
         like = quantize(torch.zeros(packed.codes.shape[0], packed.codes.shape[1] * 2), "mxfp4", 1)
         codes = unpack_codes(packed.codes, "mxfp4", 1)
         q = QTensor(codes, packed.scales, None, like.format, 1, "block")
         folded = fold(q)
         return mxfp4.Folded(folded.data, folded.scale.reshape(1).float())
 
-    def cast_twin(x, fmt, scale, *, row=True, col=False, scale_axis=None, **options):  # type: ignore[no-untyped-def]
-        calls.append(f"cast.{fmt}")
+    def cast(self, x, fmt, scale, *, row=True, col=False, scale_axis=None, **options):  # type: ignore[no-untyped-def]
+        self.calls.append(f"cast.{fmt}")
         position, stream = options.get("position"), options.get("stream", 0)
         rounding = options.get("rounding", "nearest-even")
         if scale_axis is None:
@@ -129,7 +131,8 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         data = _as_operand(q)
         return data if row else None, data.t().contiguous() if col else None
 
-    def gemm_twin(
+    def gemm(
+        self,
         a,
         b,
         *,
@@ -141,8 +144,8 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         out=None,
         accumulate=False,
         slope=None,
-    ):  # type: ignore[no-untyped-def]  # noqa: E501
-        calls.append("gemm")
+    ):  # type: ignore[no-untyped-def]
+        self.calls.append("gemm")
         made = (a.float() @ b.float().t()) * alpha * scale_a.view(-1, 1) * scale_b.view(1, -1)
         if bias is not None:
             made += bias
@@ -151,12 +154,13 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
             made *= dge_multiplier(scaled, slope.k, slope.cap)
         return out.add_(made) if accumulate else made.to(out_dtype)
 
-    def int8_twin(a, b, **options):  # type: ignore[no-untyped-def]
-        made = gemm_twin(a, b, **options)
-        calls[-1] = "gemm_int8"
+    def int8(self, a, b, **options):  # type: ignore[no-untyped-def]
+        made = self.gemm(a, b, **options)
+        self.calls[-1] = "gemm_int8"
         return made
 
-    def nvfp4_twin(
+    def nvfp4(
+        self,
         x,
         axis=1,
         *,
@@ -171,8 +175,8 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         sign_step=-1,
         codes=True,
         values=True,
-    ):  # type: ignore[no-untyped-def]  # noqa: E501
-        calls.append("nvfp4")
+    ):  # type: ignore[no-untyped-def]
+        self.calls.append("nvfp4")
         g = hadamard
         if g:
             x = _hadamard(x, g, axis, key_of(sign_stream, position, sign_step))
@@ -192,8 +196,8 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         lines = decoded if axis == 1 else decoded.t()
         return nvfp4.NVFP4(None, q.scales, q.tensor_scale.view(1), lines.bfloat16().contiguous())
 
-    def occ_twin(x, alpha, *, mode="signed", residual="exact"):  # type: ignore[no-untyped-def]
-        calls.append(f"occ.{residual}")
+    def occ(self, x, alpha, *, mode="signed", residual="exact"):  # type: ignore[no-untyped-def]
+        self.calls.append(f"occ.{residual}")
         clamped, rest = clamp_outliers(x.float(), alpha, mode)
         q = quantize(clamped, "fp4-vector", 1, "nearest-up")
         value = q.dequantize()
@@ -209,8 +213,8 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
             _as_operand(q), q.scales.view(-1), limits, peak, rest.bfloat16(), saturated
         )
 
-    def recast_twin(data, scale, *, peak=None, x=None, limits=None, row=False, col=True):  # type: ignore[no-untyped-def]
-        calls.append("recast")
+    def recast(self, data, scale, *, peak=None, x=None, limits=None, row=False, col=True):  # type: ignore[no-untyped-def]
+        self.calls.append("recast")
         value = data.float() * scale.view(-1, 1)
         if x is not None:
             low, high = limits[0][:, None], limits[1][:, None]
@@ -219,19 +223,23 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         codes = _as_operand(q)
         return codes if row else None, codes.t().contiguous() if col else None, q.scales.view(1)
 
+
+def install(patch: pytest.MonkeyPatch) -> Calls:
+    """Put the twins in the kernels' places; return the list that they write their names to."""
+    twins = Twins()
     for module, name, twin in (
-        (mxfp4, "quantize", quantize_twin),
-        (mxfp4, "unpack", unpack_twin),
+        (mxfp4, "quantize", twins.quantize),
+        (mxfp4, "unpack", twins.unpack),
         (amax_kernels, "scale", _scale),
-        (casts, "cast", cast_twin),
-        (gemm, "gemm", gemm_twin),
-        (gemm_int8, "gemm_int8", int8_twin),
-        (nvfp4, "quantize_nvfp4", nvfp4_twin),
-        (outliers, "occ", occ_twin),
-        (recast, "recast", recast_twin),
+        (casts, "cast", twins.cast),
+        (gemm, "gemm", twins.gemm),
+        (gemm_int8, "gemm_int8", twins.int8),
+        (nvfp4, "quantize_nvfp4", twins.nvfp4),
+        (outliers, "occ", twins.occ),
+        (recast, "recast", twins.recast),
     ):
         patch.setattr(module, name, twin)
-    return calls
+    return twins.calls
 
 
 def _hadamard(x: Tensor, g: int, axis: int, key: Key) -> Tensor:
