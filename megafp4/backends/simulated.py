@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from megafp4.numerics import QTensor
 from megafp4.recipes.cast import CastRequest
 
 
-class SimulatedBackend:
+class SimulatedBackend(ABC):
     """Casts with :mod:`megafp4.numerics`; a subclass multiplies."""
 
     name: str
@@ -58,6 +59,7 @@ class SimulatedBackend:
         out = self.product(_plain(a), _plain(b), axes, alpha)
         return finish(out, out_dtype, bias, slope, accumulate_into)
 
+    @abstractmethod
     def product(
         self,
         a: QTensor | torch.Tensor,
@@ -66,7 +68,6 @@ class SimulatedBackend:
         alpha: float,
     ) -> torch.Tensor:
         """FP32 [M, N]: the product of the decoded operands times alpha."""
-        raise NotImplementedError
 
 
 def _plain(operand: Operand) -> QTensor | torch.Tensor:
