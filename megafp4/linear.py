@@ -358,7 +358,17 @@ class Linear(GridLinear):
         self.op = replace(self.op, recipe=new)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in], FP32 or BF16 -> [..., out] of the same dtype."""
+        """x [..., in], FP32 or BF16 -> [..., out] of the same dtype.
+
+        Stays outside the graphs of ``torch.compile``, which would be compiled anew at every step.
+        """
+        if torch.compiler.is_compiling():
+            # Wrapped here and not as a decorator, for which `import megafp4` would load dynamo.
+            outside: Tensor = torch.compiler.disable(self._forward)(x)
+            return outside
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedError(f"{self.op.name!r} got a {x.dtype} input: give FP32 or BF16")
         if torch.is_grad_enabled() and self.weight.requires_grad:

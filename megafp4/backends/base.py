@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 
 from megafp4.errors import UnsupportedError
-from megafp4.numerics import Format, QTensor, Scaling
+from megafp4.numerics import Format, QTensor, Scaling, dge_multiplier
 from megafp4.numerics.qtensor import unpack
 from megafp4.recipes import DGE
 from megafp4.recipes.cast import CastRequest, cast_from, dge_slope
@@ -211,10 +211,18 @@ def finish(
     if bias is not None:
         out += bias
     if slope is not None:
-        operand = slope.operand
-        assert isinstance(operand, QTensor | torch.Tensor), "made by the backend's own cast"
-        out *= dge_slope(slope.weight, operand, slope.dge)
+        out *= _derivative(slope)
     return out.to(out_dtype) if accumulate_into is None else accumulate_into.add_(out)
+
+
+def _derivative(slope: Slope) -> torch.Tensor:
+    """FP32 [out, in]: derivative of the weight's rounding, in whichever form fprop took it."""
+    weight, operand, dge = slope
+    if isinstance(operand, Prepared):  # as fprop contracts it, so its lines are the weight's rows
+        reciprocal = 1.0 / operand.scale.reshape(-1, 1)
+        return dge_multiplier(weight.float() * reciprocal, dge.k, dge.cap)
+    assert not isinstance(operand, PackedOperand), "only wgrad's activation waits packed"
+    return dge_slope(weight, operand, dge)
 
 
 def line_major(operand: torch.Tensor, axis: int) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Caster:
     def _one(self, x: torch.Tensor, request: CastRequest) -> Operand:
         spec, through = request.operand, request.through
         if not spec.quantized:
-            return cast_from(x, request)[0]
+            return self._specified(x, request)
         if through is not None:
             return self._through(x, request, through)
         if _is(request, "mxfp4"):
@@ -325,9 +325,12 @@ def _write(position: torch.Tensor, seed: int, step: int, first_token: int) -> No
 
 
 def _draws(request: CastRequest) -> bool:
-    return request.operand.rounding == "stochastic" or (
-        request.gemm.hadamard is not None and request.gemm.signs == "random"
-    )
+    """Whether an operand, or the one whose value it starts from, depends on random bits."""
+    if request.through is not None and _draws(request.through):
+        return True
+    spec = request.operand
+    rotated = request.gemm.hadamard is not None and request.gemm.signs == "random"
+    return spec.quantized and (spec.rounding == "stochastic" or rotated)
 
 
 def _is(request: CastRequest, fmt: str) -> bool:

@@ -27,7 +27,7 @@ class SimulatedBackend(ABC):
     name: str
     accumulates = False
 
-    def check(self, a: str, b: str) -> None:
+    def check(self, a: str, b: str) -> None:  # noqa: B027  accepting is the default, not a gap
         """Accept every pair of formats."""
 
     def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:

@@ -13,7 +13,7 @@ from megafp4.backends import HopperBackend, hopper
 from megafp4.errors import UnsupportedError
 from megafp4.linear import Linear
 from megafp4.precision import Precision
-from megafp4.recipes import Recipe, get_recipe, recipe_names
+from megafp4.recipes import GemmSpec, OperandSpec, Recipe, get_recipe, recipe_names
 from tests.backends.kernel_twins import Calls, install
 
 BF16_ROUNDINGS = 6e-3
@@ -141,6 +141,30 @@ def test_pinned_positions_rule(calls: Calls) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip((y, x.grad, again.weight.grad), eager, strict=True)
     )
+
+
+def test_dge_next_to_a_bf16_wgrad(calls: Calls) -> None:
+    recipe = replace(get_recipe("fp4"), wgrad=GemmSpec())
+    _, expected = train_step(recipe, "reference")
+    _, found = train_step(recipe, "hopper")
+    for a, b in zip(found, expected, strict=True):
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < BF16_ROUNDINGS
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "nvfp4"])
+def test_a_pinned_position_reaches_values_behind_an_operand_or_is_refused(
+    fmt: str, calls: Calls
+) -> None:
+    drawn = OperandSpec("mxfp4", rounding="stochastic")
+    through = GemmSpec(OperandSpec("bf16"), OperandSpec(fmt, source="fprop"))
+    recipe = Recipe("behind", fprop=GemmSpec(drawn, drawn), dgrad=through)
+    backend = HopperBackend()
+    linear = Linear(64, 128, recipe=recipe, backend=backend, precision=Precision(seed=1))
+    x = torch.randn(192, 64).bfloat16().requires_grad_()
+    backend.pin_position(1, 5, 0, torch.device("cpu"))
+    y = linear(x)
+    with pytest.raises(UnsupportedError, match=r"would repeat them: leave train\.cuda_graph off"):
+        y.backward(torch.ones_like(y))
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
