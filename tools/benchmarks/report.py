@@ -87,12 +87,12 @@ class Report:
         axes = figure.subplots()
         labels = [str(row[self.columns[0]]) for row in shown]
         bars = axes.barh(range(len(shown)), [row[self.plot] for row in shown], color="#4878a8")
-        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.bar_label(bars, [text(float(row[self.plot])) for row in shown], padding=3)
         axes.set_yticks(range(len(shown)), labels)
         axes.invert_yaxis()
         axes.set_xlabel(self.plot)
         axes.set_title(self.title)
-        axes.margins(x=0.12)
+        axes.margins(x=0.15)
         figure.savefig(path, dpi=110)
 
 
