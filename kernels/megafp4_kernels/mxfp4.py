@@ -103,6 +103,7 @@ def quantize(
     col: Plan | None,
     *,
     col_from_e4m3: Tensor | None = None,
+    col_sums: Tensor | None = None,
 ) -> tuple[Folded | Packed | None, Folded | Packed | None]:
     """Quantize a matrix along its rows, its columns or both, in one pass over it.
 
@@ -113,6 +114,8 @@ def quantize(
         col: For the output of lines = columns, contracted over the rows (the transpose).
         col_from_e4m3: FP32 [1]: the col output quantizes the value of x's E4M3 code at this scale
             instead of x.
+        col_sums: FP32 [cols], becomes the sums of x itself over its rows, always added in the same
+            order; for BF16 x whose col plan has a Hadamard transform, without col_from_e4m3.
 
     Returns:
         The row and the col output: Folded or Packed, None where there is no plan.
@@ -122,7 +125,8 @@ def quantize(
         RuntimeError: No Hopper GPU or no cuda-bindings.
     """
     first, second = _arguments(row, x), _arguments(col, x)
-    out = torch.ops.megafp4.mxfp4_quantize.default(x, position, *first, *second, col_from_e4m3)
+    operator = torch.ops.megafp4.mxfp4_quantize.default
+    out = operator(x, position, *first, *second, col_from_e4m3, col_sums)
     return _result(row, out[0], out[1]), _result(col, out[2], out[3])
 
 
@@ -160,16 +164,15 @@ _SIDE = (
 )
 _SCHEMA = (
     f"(Tensor x, Tensor position, {_SIDE.format('row', 'a')}, {_SIDE.format('col', 'b')}, "
-    "Tensor? e4m3_scale) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? e4m3_scale, Tensor(c!)? col_sums) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _FIELDS = len(_Side._fields)
 
 
 def _arguments(plan: Plan | E4M3Plan | None, x: Tensor) -> _Side:
-    if plan is None:
-        return _Side("", 0, "nearest-even", 1.0, [0, 0, -1], "none", None, None)
-    if isinstance(plan, E4M3Plan):
-        return _Side("e4m3", 0, "nearest-even", 1.0, [0, 0, -1], "none", None, plan.scale)
+    if plan is None or isinstance(plan, E4M3Plan):
+        output, scale = ("e4m3", plan.scale) if plan else ("", None)
+        return _Side(output, 0, "nearest-even", 1.0, [0, 0, -1], "none", None, scale)
     window = plan.window
     if plan.output == "folded" and window is None:
         window = torch.zeros(WINDOW, dtype=torch.int32, device=x.device)
@@ -193,12 +196,13 @@ def _result(plan: Plan | E4M3Plan | None, data: Tensor, scale: Tensor) -> Folded
     return Folded(data, scale) if plan.output == "folded" else Packed(data, scale)
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[_Side, _Side, Tensor | None]:
-    return _Side(*arguments[:_FIELDS]), _Side(*arguments[_FIELDS : 2 * _FIELDS]), arguments[-1]
+def _split(arguments: tuple[Any, ...]) -> tuple[_Side, _Side, Tensor | None, Tensor | None]:
+    row, col = _Side(*arguments[:_FIELDS]), _Side(*arguments[_FIELDS : 2 * _FIELDS])
+    return row, col, *arguments[2 * _FIELDS :]
 
 
 def _fake_quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    row, col, e4m3_scale = _split(arguments)
+    row, col, e4m3_scale, sums = _split(arguments)
     if x.ndim != 2 or x.dtype not in _SOURCES or (x.numel() and x.stride(1) != 1):
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}: give a bfloat16 or float32 "
@@ -213,6 +217,11 @@ def _fake_quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor
     _check_tensor("position", position, x, torch.int64, 3)
     if e4m3_scale is not None:
         _check_tensor("col_from_e4m3", e4m3_scale, x, torch.float32, 1)
+    if sums is not None:
+        _check_tensor("col_sums", sums, x, torch.float32, cols)
+        if not col.hadamard or x.dtype != torch.bfloat16 or e4m3_scale is not None:
+            what = f"{x.dtype} x and a Hadamard transform of {col.hadamard} over its rows"
+            raise ValueError(f"col_sums with {what}: give bfloat16, one, and no col_from_e4m3")
     _check_side("row", row, x, cols)
     _check_side("col", col, x, rows)
     return *_empty(row, x, rows, cols), *_empty(col, x, cols, rows)
@@ -268,60 +277,65 @@ def _check_side(name: str, side: _Side, x: Tensor, length: int) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _config(
-    fp32: bool, row: _Kind, col: _Kind, from_e4m3: bool, device: int
+    fp32: bool, row: _Kind, col: _Kind, from_e4m3: bool, sums: bool, device: int
 ) -> tuple[Kernel, int, int]:
     """The kernel, how many CTAs fill the GPU, and their bytes of shared memory."""
-    defines = kernel_defines(fp32, row, col, from_e4m3)
+    defines = kernel_defines(fp32, row, col, from_e4m3, sums)
     options = dict(defines)
-    stages, per_sm = int(options["STAGES"]), int(options["CTAS"])
-    shared = stages * _TILE * _TILE * (4 if fp32 else 2) + 1024  # 1024: room to align
-    return load("mxfp4.cu", "quantize", defines, device), sm_count(device) * per_sm, shared
+    shared = options["STAGES"] * _TILE * _TILE * (4 if fp32 else 2) + 1024  # 1024: room to align
+    ctas = sm_count(device) * options["CTAS"]
+    return load("mxfp4.cu", "quantize", defines, device), ctas, shared
 
 
 def kernel_defines(
-    fp32: bool, row: _Kind, col: _Kind, from_e4m3: bool
-) -> tuple[tuple[str, str | int], ...]:
+    fp32: bool, row: _Kind, col: _Kind, from_e4m3: bool, sums: bool
+) -> tuple[tuple[str, int], ...]:
     """Macros of ``cuda/mxfp4.cu``; a side is (output, hadamard, rounding, can exceed 6)."""
-    # Measured on an H200: what keeps the most warps busy without spilling registers.
+    # What keeps the most warps busy without spilling registers. Of FP32 input one tile is all that
+    # fits; the other CTAs work while one waits for its next.
     long = 128 in (row[1], col[1])
-    two = _FOUR_BITS.issuperset((row[0], col[0]))
-    stages, ctas = (3, 1) if fp32 else (3, 2) if long else (2, 3) if two else (2, 2)
-    defines: dict[str, str | int] = {"FP32_INPUT": int(fp32), "COL_FROM_E4M3": int(from_e4m3)}
+    few = long or not (fp32 or _FOUR_BITS.issuperset((row[0], col[0])))
+    flags = {"FP32_INPUT": fp32, "COL_FROM_E4M3": from_e4m3, "COL_SUMS": sums}
+    defines = {"STAGES": 1 if fp32 else 3 if long else 2, "CTAS": 2 if few else 3, **flags}
     for name, (output, g, rounding, clips) in (("ROW", row), ("COL", col)):
-        defines |= {name: _OUTPUTS[output], f"{name}_G": g, f"{name}_CLIP": int(clips)}
+        defines |= {name: _OUTPUTS[output], f"{name}_G": g, f"{name}_CLIP": clips}
         defines[f"{name}_ROUNDING"] = _ROUNDINGS[rounding]
-    return (*defines.items(), ("STAGES", stages), ("CTAS", ctas))
+    return tuple((name, int(value)) for name, value in defines.items())
 
 
 def _quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     outputs = _fake_quantize(x, position, *arguments)
-    row, col, e4m3_scale = _split(arguments)
-    if not row.output and not col.output:
-        return outputs
+    row, col, e4m3_scale, sums = _split(arguments)
     rows, cols = x.shape
+    if not (row.output or col.output):
+        return outputs
     if not rows * cols:
         for side, scale in ((row, outputs[1]), (col, outputs[3])):
             if side.output == "folded":
                 scale.fill_(1.0)
+        if sums is not None:
+            sums.zero_()
         return outputs
     kinds = [(s.output, s.hadamard, s.rounding, s.prescale > 0.75) for s in (row, col)]
     fp32, from_e4m3 = x.dtype == torch.float32, e4m3_scale is not None
-    kernel, ctas, shared = _config(fp32, *kinds, from_e4m3, x.device.index)
+    kernel, ctas, shared = _config(fp32, *kinds, from_e4m3, sums is not None, x.device.index)
     source = tensor_map(x, (_TILE, 128 // x.element_size()), 128)
-    tiles = -(-rows // _TILE) * -(-cols // _TILE)
+    tiles_y = -(-rows // _TILE)
+    partial = None if sums is None else x.new_empty((tiles_y, cols), dtype=torch.float32)
     arguments = (
         *(source, rows, cols, position, e4m3_scale),
         *_side_arguments(row, outputs[0], outputs[1]),
         *_side_arguments(col, outputs[2], outputs[3]),
+        *(partial, sums),
     )
-    grid = (min(tiles, ctas), 1, 1)
+    grid = (min(tiles_y * -(-cols // _TILE), ctas), 1, 1)
     kernel.launch(grid, _THREADS, shared, *arguments, 0)
-    if "folded" in (row.output, col.output):
-        # Returns at once unless a window's base has moved.
+    if "folded" in (row.output, col.output) or sums is not None:
+        # Adds up col_sums, and returns at once unless a window's base has moved.
         kernel.launch(grid, _THREADS, shared, *arguments, 1)
-    for side in (row, col):
-        if side.window is not None:
-            torch.autograd.graph.increment_version(side.window)
+    for changed in (row.window, col.window, sums):
+        if changed is not None:
+            torch.autograd.graph.increment_version(changed)
     return outputs
 
 
@@ -341,11 +355,9 @@ def _side_arguments(side: _Side, data: Tensor, scale: Tensor) -> tuple[Any, ...]
 
 def _fake_unpack(codes: Tensor, scales: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = (codes.shape[0], codes.shape[1] * 2 // BLOCK) if codes.ndim == 2 else None
-    for name, t in (("codes", codes), ("scales", scales)):
+    for n, t in (("codes", codes), ("scales", scales)):
         if t.dtype != torch.uint8 or not t.is_contiguous():
-            raise ValueError(
-                f"{name} is {t.dtype} with strides {t.stride()}: give contiguous uint8"
-            )
+            raise ValueError(f"{n} is {t.dtype} with strides {t.stride()}: give contiguous uint8")
     if shape is None or codes.shape[1] * 2 % BLOCK or scales.shape != shape:
         raise ValueError(
             f"codes are {list(codes.shape)} and scales {list(scales.shape)}: give [lines, K / 2] "
@@ -359,17 +371,14 @@ def _fake_unpack(codes: Tensor, scales: Tensor, window: Tensor | None) -> tuple[
 
 def _unpack(codes: Tensor, scales: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
     data, scale = _fake_unpack(codes, scales, window)
-    blocks = scales.numel()
-    if not blocks:
+    if not (blocks := scales.numel()):
         return data, scale.fill_(1.0)
     device = codes.device.index
     state = torch.zeros(1, dtype=torch.int32, device=codes.device)
-    ctas = -(-blocks // _THREADS)
-    most = min(ctas, 8 * sm_count(device))
+    most = min(ctas := -(-blocks // _THREADS), 8 * sm_count(device))
     find, fold = (load("mxfp4_unpack.cu", name, (), device) for name in ("largest", "unpack"))
     find.launch((most, 1, 1), _THREADS, 0, scales, blocks, state)
-    rest = (codes, scales, blocks, state, data, scale, window)
-    fold.launch((ctas, 1, 1), _THREADS, 0, *rest)
+    fold.launch((ctas, 1, 1), _THREADS, 0, codes, scales, blocks, state, data, scale, window)
     if window is not None:
         torch.autograd.graph.increment_version(window)
     return data, scale

@@ -32,11 +32,15 @@ SIGNS = KEY._replace(operand="signs")
 # differs where a value lies within FP32 rounding of a threshold.
 ORDER = 1e-5
 
+FOLDED, ABSENT = ("folded", 64, "stochastic", False), ("", 0, "nearest-even", True)
+E4M3 = ("e4m3", 0, "nearest-even", True)
 SIDES = {
-    "one": (False, ("folded", 64, "stochastic", False), ("", 0, "nearest-even", True), False),
-    "two": (False, ("folded", 64, "stochastic", False), ("folded", 128, "stochastic", True), False),
-    "fp32": (True, ("packed", 64, "nearest-even", True), ("folded", 32, "stochastic", True), False),
-    "e4m3": (False, ("e4m3", 0, "nearest-even", True), ("packed", 0, "nearest-away", True), True),
+    "one": (False, FOLDED, ABSENT, False, False),
+    "two": (False, FOLDED, ("folded", 128, "stochastic", True), False, False),
+    "sums": (False, FOLDED, FOLDED, False, True),
+    "fp32": (True, ("packed", 64, "nearest-even", True), FOLDED, False, False),
+    "e4m3": (False, E4M3, ("packed", 0, "nearest-away", True), True, False),
+    "e4m3 of fp32": (True, E4M3, FOLDED, True, False),
 }
 
 
@@ -113,6 +117,27 @@ def test_state_of_another_shape_is_refused() -> None:
         packed = Packed(*(torch.empty(4, n, dtype=torch.uint8, device="cuda") for n in (32, 3)))
         with pytest.raises(ValueError, match=r"codes are \[4, 32\] and scales \[4, 3\]"):
             unpack(packed)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "col", "more", "message"),
+    [
+        (FP32, plan(64), {}, "torch.float32 x and a Hadamard transform of 64"),
+        (BF16, plan(), {}, "torch.bfloat16 x and a Hadamard transform of 0"),
+        (BF16, None, {}, "torch.bfloat16 x and a Hadamard transform of 0"),
+        (BF16, plan(64), {"e4m3": True}, "no col_from_e4m3"),
+        (BF16, plan(64), {"length": 64}, r"col_sums is torch.float32 \[64\]"),
+    ],
+)
+def test_sums_that_the_kernel_does_not_have_are_refused(
+    dtype: torch.dtype, col: Plan | None, more: dict[str, Any], message: str
+) -> None:
+    with FakeTensorMode():
+        x = torch.empty(64, 128, dtype=dtype, device="cuda")
+        scale = torch.ones(1, device="cuda") if "e4m3" in more else None
+        sums = torch.empty(more.get("length", 128), device="cuda")
+        with pytest.raises(ValueError, match=message):
+            quantize(x, position(), plan(), col, col_from_e4m3=scale, col_sums=sums)
 
 
 def specified(x: Tensor, p: Plan, col: bool) -> QTensor:
@@ -269,6 +294,29 @@ def test_e4m3_beside_mxfp4_of_its_values(dtype: torch.dtype, g: int) -> None:
     rate = 5e-4 if g and dtype == BF16 else 0.0
     expected = specified(codes.float() * scale, plan(g), True)
     assert differing(col, expected) <= rate * x.numel()
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", [(256, 384), (160, 96), (4160, 264)])
+@pytest.mark.parametrize("output", ["folded", "packed"])
+@pytest.mark.parametrize("g", [32, 128])
+def test_sums_over_the_rows_in_the_same_pass(shape: tuple[int, int], output: str, g: int) -> None:
+    x = normal(-(-shape[0] // g) * g, shape[1])
+    p = plan(g, output=output, window=window() if output == "folded" else None)
+    sums = torch.full((shape[1],), torch.nan, device="cuda")
+    results = []
+    for scale in (1.0, 2.0**12, 2.0**12):  # the second moves the base: a tile is read twice
+        _, alone = quantize(x * scale, position(), None, p._replace(window=None))
+        _, beside = quantize(x * scale, position(), None, p, col_sums=sums)
+        assert alone is not None
+        assert beside is not None
+        assert torch.equal(alone[0].view(torch.uint8), beside[0].view(torch.uint8))
+        expected = x.double().sum(0) * scale
+        bound = x.double().abs().sum(0) * scale * 1e-5
+        assert bool(((sums.double() - expected).abs() <= bound).all())
+        results.append(sums.clone())
+    assert torch.equal(results[1], results[2])
 
 
 @gpu

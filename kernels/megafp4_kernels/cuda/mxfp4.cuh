@@ -41,19 +41,24 @@ __device__ __forceinline__ uint2 multiply_wide(u32 a, u32 b) {
     return r;
 }
 
-__device__ __forceinline__ void philox(u32 (&c)[4], u32 k0, u32 k1) {
+constexpr u32 kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+constexpr u32 kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+
+// Rounds `first` to 9 of Philox-4x32-10, counted from 0.
+template <int first>
+__device__ __forceinline__ void philox_from(u32 (&c)[4], u32 k0, u32 k1) {
 #pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        const uint2 p0 = multiply_wide(c[0], 0xD2511F53u);
-        const uint2 p1 = multiply_wide(c[2], 0xCD9E8D57u);
-        c[0] = p1.y ^ c[1] ^ k0;
-        c[2] = p0.y ^ c[3] ^ k1;
+    for (int round = first; round < 10; ++round) {
+        const uint2 p0 = multiply_wide(c[0], kMultiplier0);
+        const uint2 p1 = multiply_wide(c[2], kMultiplier1);
+        c[0] = p1.y ^ c[1] ^ (k0 + round * kWeyl0);
+        c[2] = p0.y ^ c[3] ^ (k1 + round * kWeyl1);
         c[1] = p1.x;
         c[3] = p0.x;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
     }
 }
+
+__device__ __forceinline__ void philox(u32 (&c)[4], u32 k0, u32 k1) { philox_from<0>(c, k0, k1); }
 
 __device__ __forceinline__ float max_nan(float a, float b) {
     float r;
@@ -118,42 +123,73 @@ struct Output {
     u8* scales;  // E8M0 bytes of PACKED
     int lines, length;
     float factor;  // prescale * 2^-14, or 1 / scale of E4M3
-    u32 key0, key1, step, stream, line_origin, group_origin;
-    int base;
-    int maximum, raised;  // this thread's part of the window's fields
+    u32 key0, key1, step_high, step_low, stream, line_origin, group_origin;
+    u32 lowest;   // bits of an FP32 power of two: no block has a smaller scale, times 4
+    u32 origin;   // exponents are folded relative to this one's, at the same place
+    u32 raising;  // bits of a block's largest magnitude, less 1, below which it is raised
+    int maximum;  // of the largest magnitudes' bits + 1 in the exponent, so that Inf is negative
+    int raised;   // halves of blocks
+    u32 below;    // 0x80, unknown to the compiler: a byte permutation has one immediate
 };
 
-// Sixteen consecutive elements of a line, from element k on; lanes 2i and 2i + 1 share a block.
-template <int kOutput, int kRounding, bool kClip>
-__device__ __forceinline__ void encode(const float (&v)[16], int line, int k, Output& o) {
+// The first three rounds of Philox on (k / 16, line, step, stream) fall apart into a part of the
+// line only and a part of k only, so that a call multiplies 15 times instead of 20.
+struct LineDraw {
+    u32 low, high;
+};
+struct GroupDraw {
+    u32 word2, word0, next2, next3;
+};
+
+__device__ __forceinline__ LineDraw draw_line(int line, const Output& o) {
+    const uint2 p = multiply_wide(o.step_high ^ (line + o.line_origin) ^ o.key0, kMultiplier0);
+    return {p.x, p.y};
+}
+
+__device__ __forceinline__ GroupDraw draw_group(int k, const Output& o) {
+    const uint2 p0 = multiply_wide((k >> 4) + o.group_origin, kMultiplier0);
+    const uint2 p1 = multiply_wide(p0.y ^ o.stream ^ o.key1, kMultiplier1);
+    const uint2 p2 = multiply_wide(p1.y ^ o.step_low ^ (o.key0 + kWeyl0), kMultiplier0);
+    return {p0.x ^ (o.key1 + kWeyl1), p1.x ^ (o.key0 + 2 * kWeyl0), p2.y ^ (o.key1 + 2 * kWeyl1),
+            p2.x};
+}
+
+__device__ __forceinline__ void draw(u32 (&words)[4], const LineDraw& line, const GroupDraw& group,
+                                     const Output& o) {
+    const uint2 p = multiply_wide(line.high ^ group.word2, kMultiplier1);
+    words[0] = p.y ^ group.word0;
+    words[1] = p.x;
+    words[2] = line.low ^ group.next2;
+    words[3] = group.next3;
+    philox_from<3>(words, o.key0, o.key1);
+}
+
+// Bits of the largest magnitude; above those of Inf if there is a NaN.
+__device__ __forceinline__ int largest(const float (&v)[16]) {
     float four[4];  // independent chains: one of sixteen would be waited for
 #pragma unroll
     for (int i = 0; i < 16; ++i)
         four[i & 3] = i < 4 ? fabsf(v[i]) : max_nan(four[i & 3], fabsf(v[i]));
-    float amax = max_nan(max_nan(four[0], four[1]), max_nan(four[2], four[3]));
-    amax = max_nan(amax, __shfl_xor_sync(~0u, amax, 1));
-    const int exponent = __float_as_uint(amax) >> 23;
-    const bool finite = exponent < 255;
-    const bool first = (threadIdx.x & 1) == 0;
-    int byte = max(exponent, 2) - 2;
-    int shift = 0;
+    return __float_as_int(max_nan(max_nan(four[0], four[1]), max_nan(four[2], four[3])));
+}
+
+// Sixteen consecutive elements of a line, which start at element `at` of the output. `amax` holds
+// the bits of their block's largest magnitude; values count times `gain`, and so does amax.
+template <int kOutput, int kRounding, bool kClip>
+__device__ __forceinline__ void encode(const float (&v)[16], int amax, float gain,
+                                       const LineDraw& line, const GroupDraw& group, size_t at,
+                                       bool inside, bool first, Output& o) {
+    const bool finite = amax < 0x7F800000;
     if (kOutput == FOLDED) {
-        const bool counts = finite && amax > 0.0f;
-        const int lowest = o.base + 127 - kLowest;
-        o.maximum = max(o.maximum, counts ? byte + 1 : 0);
-        o.raised += counts && byte < lowest && first;
-        byte = max(byte, lowest);
-        shift = min(byte - lowest, 30);
+        o.maximum = max(o.maximum, int(amax + 0x00800000u));
+        o.raised += u32(amax) - 1 < o.raising;
     }
-    const float factor = __uint_as_float(u32(254 - min(byte, 253)) << 23) * o.factor;
+    const u32 power = max(amax, int(o.lowest)) & 0x7F800000u;
+    float factor = __uint_as_float(0x80000000u - power) * o.factor;
+    // A block of zeros in a tensor of large values: the product may be infinite.
+    if (gain != 1.0f) factor = fminf(factor * gain, 0x1p127f);
     u32 words[4];
-    if (kRounding == STOCHASTIC) {
-        words[0] = (k >> 4) + o.group_origin;
-        words[1] = line + o.line_origin;
-        words[2] = o.step;
-        words[3] = o.stream;
-        philox(words, o.key0, o.key1);
-    }
+    if (kRounding == STOCHASTIC) draw(words, line, group, o);
     u32 h[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -162,26 +198,26 @@ __device__ __forceinline__ void encode(const float (&v)[16], int line, int k, Ou
         h[i] = pack_half2_rz(low, high);
         if (kRounding == NEAREST_EVEN) continue;
         if (kClip) h[i] = clip_half2(h[i]);
-        u32 up = 0x01000100u;
-        if (kRounding == STOCHASTIC)
-            up = __byte_perm(words[i / 2], 0, i % 2 ? 0x4342 : 0x4140) * 2 + 0x00010001u;
+        // Of a byte b above 0x80, seven bits further right: 2b + 1.
+        const u32 up = kRounding == STOCHASTIC
+                           ? __byte_perm(words[i / 2], o.below, i % 2 ? 0x3424 : 0x1404) >> 7
+                           : 0x01000100u;
         h[i] = (h[i] + up) & 0xFE00FE00u;
     }
-    const bool inside = line < o.lines && k < o.length;
     if (kOutput == FOLDED) {
-        // 2^14 and 2^(exponent - base), of which 2^-15 is subnormal; both products are exact.
-        const u32 half = max(u32(shift) << 10, 0x200u);
-        const u32 power = half << 16 | half;
+        // 2^14 and 2^(exponent - base), of which 2^-15 is subnormal; both products are exact. A NaN
+        // makes every byte 0x7F.
+        const u32 half = max((power - o.origin) >> 13, 0x200u);
+        const u32 fold = finite ? half * 0x10001u : 0x7E007E00u;
         u32 bytes[4];
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            h[i] = multiply_half2(multiply_half2(h[i], 0x74007400u), power);
+            h[i] = multiply_half2(multiply_half2(h[i], 0x74007400u), fold);
 #pragma unroll
         for (int i = 0; i < 4; ++i)  // the upper byte of a half is its E5M2
             bytes[i] = __byte_perm(h[2 * i], h[2 * i + 1], 0x7531);
-        if (!finite) bytes[0] = bytes[1] = bytes[2] = bytes[3] = 0x7F7F7F7Fu;
         if (inside)
-            *reinterpret_cast<uint4*>(static_cast<u8*>(o.data) + size_t(line) * o.length + k) =
+            *reinterpret_cast<uint4*>(static_cast<u8*>(o.data) + at) =
                 make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
     } else {
         u32 nibbles[2] = {0, 0};
@@ -191,22 +227,22 @@ __device__ __forceinline__ void encode(const float (&v)[16], int line, int k, Ou
             nibbles[i / 4] |= ((codes | codes >> 12) & 0xFFu) << (i % 4 * 8);
         }
         if (!finite) nibbles[0] = nibbles[1] = 0;
-        const size_t at = size_t(line) * o.length + k;
         if (inside)
             *reinterpret_cast<uint2*>(static_cast<u8*>(o.data) + at / 2) =
                 make_uint2(nibbles[0], nibbles[1]);
-        if (inside && first) o.scales[at / 32] = finite ? byte : 255;
+        if (inside && first) o.scales[at / 32] = finite ? (power >> 23) - 2 : 255;
     }
 }
 
-__device__ __forceinline__ void encode_e4m3(const float (&v)[16], int line, int k, Output& o) {
-    if (line >= o.lines || k >= o.length) return;
+__device__ __forceinline__ void encode_e4m3(const float (&v)[16], size_t at, bool inside,
+                                            const Output& o) {
+    if (!inside) return;
     u32 bytes[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
         bytes[i] = to_e4m3x2(v[4 * i] * o.factor, v[4 * i + 1] * o.factor) |
                    to_e4m3x2(v[4 * i + 2] * o.factor, v[4 * i + 3] * o.factor) << 16;
-    *reinterpret_cast<uint4*>(static_cast<u8*>(o.data) + size_t(line) * o.length + k) =
+    *reinterpret_cast<uint4*>(static_cast<u8*>(o.data) + at) =
         make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
 }
 
@@ -237,8 +273,9 @@ __device__ __forceinline__ void finish(Output& o, int* window, float* scale, boo
     __syncthreads();
     if (threadIdx.x < 2) shared[threadIdx.x] = 0;
     __syncthreads();
-    const int maximum = __reduce_max_sync(~0u, o.maximum);
-    const int raised = __reduce_add_sync(~0u, o.raised);
+    const int bits = __reduce_max_sync(~0u, o.maximum) - 0x00800000;
+    const int maximum = bits > 0 ? max(bits >> 23, 2) - 1 : 0;
+    const int raised = __reduce_add_sync(~0u, o.raised) / 2;
     if (threadIdx.x % 32 == 0) {
         atomicMax(shared, maximum);
         atomicAdd(shared + 1, raised);
