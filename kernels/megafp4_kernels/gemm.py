@@ -1,7 +1,7 @@
 """FP8 GEMM on Hopper's tensor cores: both operands K-major, any pairing of E4M3 and E5M2.
 
 The kernel is ``cuda/gemm.cu``. cuBLASLt refuses E5M2 x E5M2, which MXFP4's folded operands need.
-Products are summed in the tensor core's FP32 accumulator.
+Products are summed in the tensor core's FP32 accumulator, with fewer bits than FP32 has.
 """
 
 from __future__ import annotations
@@ -13,6 +13,15 @@ import torch
 from torch import Tensor
 
 from megafp4_kernels.driver import Kernel, load, sm_count, tensor_map
+from megafp4_kernels.gemm_arguments import (
+    FP8,
+    SCHEMA,
+    Operands,
+    Slope,
+    check_operands,
+    check_result,
+    gather,
+)
 
 _TYPES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 _FLOATS = {torch.float32: "FP32", torch.bfloat16: "BF16"}
@@ -21,22 +30,6 @@ _THREADS = 384
 _COLUMN_BYTES = 128 * 4  # what one warpgroup keeps of scale_b and bias
 _STAGING_BYTES = 2 * 64 * 128  # what one warpgroup keeps of the result
 _GROUP = 8  # 4 and 16 measure the same within 1 %, 32 is slower
-
-
-class Slope(NamedTuple):
-    """Multiply the result by the DGE curve's derivative [arXiv 2501.17116, eq. 8].
-
-    Attributes:
-        weight: [M, N], FP32 or BF16, contiguous.
-        scale: FP32 [1] or [M]; the derivative is taken at weight * (1 / scale).
-        k: Sharpness of the curve.
-        cap: Largest derivative.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    k: float = 5.0
-    cap: float = 3.0
 
 
 def gemm(
@@ -51,6 +44,8 @@ def gemm(
     out: Tensor | None = None,
     accumulate: bool = False,
     slope: Slope | None = None,
+    squares: Tensor | None = None,
+    chunk: int = 0,
 ) -> Tensor:
     """Compute (alpha * scale_a * scale_b * (a b^T) + bias) * slope in FP32, rounded once.
 
@@ -67,6 +62,12 @@ def gemm(
         out: Contiguous [M, N] to write to.
         accumulate: Add to ``out``, which must be FP32.
         slope: The DGE derivative to multiply by, at M x N weights.
+        squares: FP64, of :func:`~megafp4_kernels.gemm_arguments.squares_shape`, for the sums of
+            squares of the blocks of an FP32 result, as they are stored. The same call always finds
+            the same bits; squares beyond FP32's range are no exception.
+        chunk: Multiple of 128, or 0. The tensor core keeps 14 bits or so of the products that it
+            adds, so that the error of a sum grows with K. With K above ``chunk``, sums of so many
+            products are added in FP32.
 
     Returns:
         [M, N]: ``out``, or a new tensor.
@@ -75,145 +76,66 @@ def gemm(
         ValueError: Shapes, dtypes, strides or devices do not fit together.
         RuntimeError: No Hopper GPU or no cuda-bindings.
     """
-    weight, weight_scale, k, cap = slope or (None, None, 1.0, 1.0)
-    operands = _Operands(
-        a, b, scale_a, scale_b, float(alpha), bias, weight, weight_scale, float(k), float(cap)
-    )
+    operands = gather(a, b, scale_a, scale_b, alpha, bias, slope)
     if out is None:
         if accumulate:
             raise ValueError("accumulate adds to out, and no out was given: pass an FP32 tensor")
-        return torch.ops.megafp4.gemm.default(*operands, out_dtype)
-    torch.ops.megafp4.gemm_out.default(*operands, out, accumulate)
+        if squares is None:
+            return torch.ops.megafp4.gemm.default(*operands, chunk, out_dtype)
+        out = a.new_empty(operands.shape, dtype=out_dtype)
+    torch.ops.megafp4.gemm_out.default(*operands, chunk, out, accumulate, squares)
     return out
-
-
-class _Operands(NamedTuple):
-    """The arguments that both custom operators share, in the order of their schema."""
-
-    a: Tensor
-    b: Tensor
-    scale_a: Tensor
-    scale_b: Tensor
-    alpha: float
-    bias: Tensor | None
-    weight: Tensor | None
-    weight_scale: Tensor | None
-    k: float
-    cap: float
-
-
-_SCHEMA = (
-    "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, float alpha, Tensor? bias, "
-    "Tensor? weight, Tensor? weight_scale, float k, float cap"
-)
 
 
 def _gemm(*arguments: Any) -> Tensor:
     out = _new_result(*arguments)
-    _launch(_Operands(*arguments[:-1]), out, accumulate=False)
+    _launch(Operands(*arguments[:-2]), arguments[-2], out)
     return out
 
 
 def _new_result(*arguments: Any) -> Tensor:
-    o = _Operands(*arguments[:-1])
-    _check_operands(o)
-    out = o.a.new_empty((o.a.shape[0], o.b.shape[0]), dtype=arguments[-1])
-    _check_result(o, out, accumulate=False)
+    o = Operands(*arguments[:-2])
+    _check(o, arguments[-2])
+    out = o.a.new_empty(o.shape, dtype=arguments[-1])
+    check_result(o, out)
     return out
 
 
 def _gemm_out(*arguments: Any) -> None:
     _check_all(*arguments)
-    _launch(_Operands(*arguments[:-2]), arguments[-2], arguments[-1])
-    torch.autograd.graph.increment_version(arguments[-2])
+    *operands, chunk, out, accumulate, squares = arguments
+    _launch(Operands(*operands), chunk, out, accumulate, squares)
+    torch.autograd.graph.increment_version([out] if squares is None else [out, squares])
 
 
 def _check_all(*arguments: Any) -> None:
-    o = _Operands(*arguments[:-2])
-    _check_operands(o)
-    _check_result(o, arguments[-2], arguments[-1])
+    *operands, chunk, out, accumulate, squares = arguments
+    o = Operands(*operands)
+    _check(o, chunk)
+    check_result(o, out, accumulate, squares)
+
+
+def _check(o: Operands, chunk: int) -> None:
+    check_operands(o, FP8, rows_apart=True)
+    if not o.a.is_cuda:
+        raise ValueError(f"a is on {o.a.device}: put all arguments on one CUDA device")
+    if chunk < 0 or chunk % _TILE_K:
+        raise ValueError(f"chunk is {chunk}: give a multiple of {_TILE_K}, or 0 for none")
 
 
 # Defined without torch.library.custom_op, which takes 90 microseconds a call to this one's 6.
-for _name, _signature, _run, _fake in (
-    ("gemm", f"({_SCHEMA}, ScalarType out_dtype) -> Tensor", _gemm, _new_result),
-    ("gemm_out", f"({_SCHEMA}, Tensor(a!) out, bool accumulate) -> ()", _gemm_out, _check_all),
+for _name, _signature, _implementation, _fake in (
+    ("gemm", f"({SCHEMA}, int chunk, ScalarType out_dtype) -> Tensor", _gemm, _new_result),
+    (
+        "gemm_out",
+        f"({SCHEMA}, int chunk, Tensor(a!) out, bool accumulate, Tensor(b!)? squares) -> ()",
+        _gemm_out,
+        _check_all,
+    ),
 ):
     torch.library.define(f"megafp4::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"megafp4::{_name}", "CompositeExplicitAutograd", _run)
+    torch.library.impl(f"megafp4::{_name}", "CompositeExplicitAutograd", _implementation)
     torch.library.register_fake(f"megafp4::{_name}", _fake)
-
-
-def _check_operands(o: _Operands) -> None:
-    """Raise ValueError, in one sentence, for operands that the kernel cannot multiply."""
-    for name, operand in (("a", o.a), ("b", o.b)):
-        if operand.dtype not in _TYPES or operand.ndim != 2:
-            raise ValueError(
-                f"{name} is {operand.dtype} {list(operand.shape)}: give a matrix of float8_e4m3fn "
-                "or float8_e5m2"
-            )
-        if operand.stride(1) != 1 or (operand.shape[0] > 1 and operand.stride(0) % 16):
-            raise ValueError(
-                f"{name} has strides {operand.stride()}: make it contiguous along K, with rows "
-                "that are a multiple of 16 bytes apart"
-            )
-    rows, k = o.a.shape
-    columns, k_b = o.b.shape
-    if k_b != k or k % 16 or not k:
-        raise ValueError(
-            f"K is {k} in a and {k_b} in b: give one contraction length that is a positive "
-            "multiple of 16"
-        )
-    _check_vector("scale_a", o.scale_a, (1, rows), (torch.float32,))
-    _check_vector("scale_b", o.scale_b, (1, columns), (torch.float32,))
-    if o.bias is not None:
-        _check_vector("bias", o.bias, (columns,), tuple(_FLOATS))
-    for tensor in o:
-        if isinstance(tensor, Tensor) and (tensor.device != o.a.device or not tensor.is_cuda):
-            raise ValueError(
-                f"a is on {o.a.device} and another argument on {tensor.device}: put all of them "
-                "on one CUDA device"
-            )
-
-
-def _check_result(o: _Operands, out: Tensor, accumulate: bool) -> None:
-    shape = (o.a.shape[0], o.b.shape[0])
-    if out.dtype not in _FLOATS or out.shape != shape or not out.is_contiguous():
-        raise ValueError(
-            f"the result is {out.dtype} {list(out.shape)} with strides {out.stride()}: give "
-            f"contiguous float32 or bfloat16 of shape {list(shape)}"
-        )
-    if out.device != o.a.device:
-        raise ValueError(f"a is on {o.a.device} and out on {out.device}: put both on one device")
-    if accumulate and out.dtype != torch.float32:
-        raise ValueError(f"accumulate adds in FP32 and out is {out.dtype}: give a float32 out")
-    if o.weight is None or o.weight_scale is None:
-        return
-    if o.k <= 0:
-        raise ValueError(f"the slope's k is {o.k}: give a positive sharpness")
-    weight = o.weight
-    if weight.dtype not in _FLOATS or weight.shape != shape or not weight.is_contiguous():
-        raise ValueError(
-            f"the slope's weight is {weight.dtype} {list(weight.shape)}: give contiguous float32 "
-            f"or bfloat16 of the result's shape {list(shape)}"
-        )
-    _check_vector("the slope's scale", o.weight_scale, (1, shape[0]), (torch.float32,))
-
-
-def _check_vector(
-    name: str, vector: Tensor, lengths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-) -> None:
-    if (
-        vector.dtype not in dtypes
-        or vector.ndim != 1
-        or vector.shape[0] not in lengths
-        or not vector.is_contiguous()
-    ):
-        allowed = " or ".join(str([length]) for length in dict.fromkeys(lengths))
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name} is {vector.dtype} {list(vector.shape)}: give contiguous {kinds} {allowed}"
-        )
 
 
 class _Plan(NamedTuple):
@@ -251,6 +173,8 @@ def _plan(
     scale_b_rows: bool,
     bias: torch.dtype | None,
     slope: torch.dtype | None,
+    squares: bool,
+    chunk: int,
     device: int,
 ) -> _Plan:
     sms = sm_count(device)
@@ -268,6 +192,8 @@ def _plan(
         ("SCALE_B_ROWS", int(scale_b_rows)),
         ("BIAS", _FLOATS[bias] if bias else 0),
         ("SLOPE", _FLOATS[slope] if slope else 0),
+        ("SQUARES", int(squares)),
+        ("CHUNK", chunk // _TILE_K),
     )
     ring = stages * (_TILE_M + tile_n) * _TILE_K
     tiles = -(-rows // (_TILE_M * cluster)) * -(-columns // tile_n)
@@ -279,8 +205,14 @@ def _plan(
     )
 
 
-def _launch(o: _Operands, out: Tensor, accumulate: bool) -> None:
-    (rows, depth), columns = o.a.shape, o.b.shape[0]
+def _launch(
+    o: Operands,
+    chunk: int,
+    out: Tensor,
+    accumulate: bool = False,
+    squares: Tensor | None = None,
+) -> None:
+    (rows, columns), depth = o.shape, o.a.shape[1]
     if rows * columns == 0:
         return
     size = out.element_size()
@@ -297,6 +229,8 @@ def _launch(o: _Operands, out: Tensor, accumulate: bool) -> None:
         o.scale_b.shape[0] > 1,
         o.bias.dtype if o.bias is not None else None,
         o.weight.dtype if o.weight is not None else None,
+        squares is not None,
+        chunk if chunk < depth else 0,
         o.a.device.index,
     )
     map_a = tensor_map(o.a, (_TILE_M, _TILE_K), 128)
@@ -321,5 +255,6 @@ def _launch(o: _Operands, out: Tensor, accumulate: bool) -> None:
         1.0 / o.k - 1.0,
         1.0 / o.k,
         o.cap,
+        squares,
         out,
     )

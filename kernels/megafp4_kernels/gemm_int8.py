@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megafp4_kernels.gemm_arguments import gather
 from megafp4_kernels.gemm_triton import multiply
 
 # Products of magnitude up to 2^14 must not overflow the INT32 sum.
@@ -44,4 +45,4 @@ def gemm_int8(
         raise ValueError(
             f"a is {a.dtype} {list(a.shape)} and b {b.dtype}: give int8 with K at most {_MAX_DEPTH}"
         )
-    return multiply(a, b, scale_a, scale_b, float(alpha), bias, None, None, 1.0, 1.0, out_dtype)
+    return multiply(*gather(a, b, scale_a, scale_b, alpha, bias, None), out_dtype)

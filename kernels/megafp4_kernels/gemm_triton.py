@@ -2,6 +2,9 @@
 
 Both operands K-major, tiles walked in groups that share operands in L2, loads by TMA where there is
 one, FP32 or INT32 accumulation, everything else in the epilogue.
+
+Hopper's FP8 tensor cores keep 14 bits or so of the products that they add to an FP32 sum, so that
+its error grows with K. Here such a sum ends after 4096 products and is added to a true FP32 one.
 """
 
 from __future__ import annotations
@@ -15,11 +18,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megafp4_kernels.amax import check_device
-from megafp4_kernels.gemm import Slope
+from megafp4_kernels.gemm_arguments import (
+    FP8,
+    SCHEMA,
+    Operands,
+    Slope,
+    check_operands,
+    check_result,
+    gather,
+)
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_FLOATS = (torch.float32, torch.bfloat16)
 _GROUP = 8  # tiles along M that are walked before the next along N
+_CHUNK = 4096  # longest sum of FP8 products that the tensor core takes alone; whole tiles
 
 
 @triton.jit
@@ -58,6 +68,32 @@ def _load_tile(
 
 
 @triton.jit
+def _sum_products(
+    a,
+    b,
+    first_m,
+    first_n,
+    first_k,
+    rows,
+    columns,
+    SUM: tl.constexpr,
+    TMA: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Sum CHUNK products, or what is left of them, for a tile of the result."""
+    total = tl.zeros((M, N), SUM)
+    for k in range(first_k, first_k + CHUNK, K):
+        tile_a = _load_tile(a, first_m, k, rows, TMA, DEPTH, M, K)
+        tile_b = _load_tile(b, first_n, k, columns, TMA, DEPTH, N, K)
+        total = tl.dot(tile_a, tile_b.T, total, out_dtype=SUM)
+    return total
+
+
+@triton.jit
 def _matmul_kernel(
     a,
     b,
@@ -85,6 +121,7 @@ def _matmul_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """One tile of the result. SCALE_A, SCALE_B: a scale a line; SLOPE: 1 a tensor, 2 a line."""
     tiles_m = tl.cdiv(rows, M)
@@ -93,11 +130,16 @@ def _matmul_kernel(
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
     first_m = (group * GROUP + (tl.program_id(0) % (GROUP * tiles_n)) % height) * M
     first_n = (tl.program_id(0) % (GROUP * tiles_n) // height) * N
-    total = tl.zeros((M, N), SUM)
-    for first_k in range(0, DEPTH, K):
-        tile_a = _load_tile(a, first_m, first_k, rows, TMA, DEPTH, M, K)
-        tile_b = _load_tile(b, first_n, first_k, columns, TMA, DEPTH, N, K)
-        total = tl.dot(tile_a, tile_b.T, total, out_dtype=SUM)
+    if CHUNK < DEPTH:
+        total = tl.zeros((M, N), SUM)
+        for first_k in range(0, DEPTH, CHUNK):
+            total += _sum_products(
+                a, b, first_m, first_n, first_k, rows, columns, SUM, TMA, DEPTH, CHUNK, M, N, K
+            )
+    else:
+        total = _sum_products(
+            a, b, first_m, first_n, 0, rows, columns, SUM, TMA, DEPTH, DEPTH, M, N, K
+        )
     m = first_m + tl.arange(0, M)
     n = first_n + tl.arange(0, N)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
@@ -160,10 +202,8 @@ def gemm_triton(
     Raises:
         ValueError: Shapes, dtypes, strides or devices do not fit together.
     """
-    if a.dtype not in _FP8 or b.dtype not in _FP8:
-        raise ValueError(f"a is {a.dtype} and b {b.dtype}: give float8_e4m3fn or float8_e5m2")
-    weight, weight_scale, k, cap = slope or (None, None, 1.0, 1.0)
-    operands = (a, b, scale_a, scale_b, float(alpha), bias, weight, weight_scale, k, cap)
+    operands = gather(a, b, scale_a, scale_b, alpha, bias, slope)
+    check_operands(operands, FP8)
     if out is None:
         if accumulate:
             raise ValueError("accumulate adds to out, and no out was given: pass an FP32 tensor")
@@ -172,154 +212,87 @@ def gemm_triton(
     return out
 
 
-_SCHEMA = (
-    "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, float alpha, Tensor? bias, "
-    "Tensor? weight, Tensor? weight_scale, float k, float cap"
-)
-
-
 @torch.library.custom_op(
-    "megafp4::matmul", mutates_args=(), schema=f"({_SCHEMA}, ScalarType out_dtype) -> Tensor"
+    "megafp4::matmul", mutates_args=(), schema=f"({SCHEMA}, ScalarType out_dtype) -> Tensor"
 )
 def multiply(*arguments: Any) -> Tensor:
     """Multiply FP8 or INT8 operands into a new tensor, see :func:`gemm_triton`."""
     out = _fake_multiply(*arguments)
-    _launch(*arguments[:-1], out, accumulate=False)
+    _launch(Operands(*arguments[:-1]), out, accumulate=False)
     return out
 
 
 @multiply.register_fake
 def _fake_multiply(*arguments: Any) -> Tensor:
-    a, b = arguments[:2]
-    out = a.new_empty(a.shape[0], b.shape[0], dtype=arguments[-1])
-    _check(*arguments[:-1], out, accumulate=False)
+    o = Operands(*arguments[:-1])
+    check_operands(o, (*FP8, torch.int8))
+    out = o.a.new_empty(o.shape, dtype=arguments[-1])
+    check_result(o, out)
     return out
 
 
 @torch.library.custom_op(
     "megafp4::matmul_out",
     mutates_args=("out",),
-    schema=f"({_SCHEMA}, Tensor(a!) out, bool accumulate) -> ()",
+    schema=f"({SCHEMA}, Tensor(a!) out, bool accumulate) -> ()",
 )
 def multiply_out(*arguments: Any) -> None:
     """Multiply FP8 or INT8 operands into, or onto, a given tensor."""
-    _check(*arguments)
-    _launch(*arguments)
+    _fake_multiply_out(*arguments)
+    *operands, out, accumulate = arguments
+    _launch(Operands(*operands), out, accumulate)
 
 
 @multiply_out.register_fake
 def _fake_multiply_out(*arguments: Any) -> None:
-    _check(*arguments)
+    *operands, out, accumulate = arguments
+    o = Operands(*operands)
+    check_operands(o, (*FP8, torch.int8))
+    check_result(o, out, accumulate)
 
 
-def _check(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    alpha: float,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    weight_scale: Tensor | None,
-    k: float,
-    cap: float,
-    out: Tensor,
-    accumulate: bool,
-) -> None:
-    """Raise ValueError, in one sentence, for what the kernel cannot do."""
-    if a.ndim != 2 or b.ndim != 2 or not a.is_contiguous() or not b.is_contiguous():
-        raise ValueError(
-            f"a is {list(a.shape)} with strides {list(a.stride())} and b {list(b.shape)} with "
-            f"{list(b.stride())}: give contiguous matrices"
-        )
-    (rows, depth), columns = a.shape, b.shape[0]
-    if b.shape[1] != depth or depth % 16 or not depth:
-        raise ValueError(
-            f"K is {depth} in a and {b.shape[1]} in b: give one contraction length that is a "
-            "positive multiple of 16"
-        )
-    vectors = [("scale_a", scale_a, (1, rows), _FLOATS[:1])]
-    vectors.append(("scale_b", scale_b, (1, columns), _FLOATS[:1]))
-    matrices = [("out", out, _FLOATS[:1] if accumulate else _FLOATS)]
-    if bias is not None:
-        vectors.append(("bias", bias, (columns,), _FLOATS))
-    if weight is not None and weight_scale is not None:
-        matrices.append(("the slope's weight", weight, _FLOATS))
-        vectors.append(("the slope's scale", weight_scale, (1, rows), _FLOATS[:1]))
-    for name, vector, lengths, dtypes in vectors:
-        if vector.ndim != 1 or vector.shape[0] not in lengths or vector.dtype not in dtypes:
-            raise ValueError(
-                f"{name} is {vector.dtype} {list(vector.shape)}: give {_names(dtypes)} of length "
-                f"{' or '.join(map(str, lengths))}"
-            )
-    for name, matrix, dtypes in matrices:
-        if matrix.shape != (rows, columns) or matrix.dtype not in dtypes:
-            raise ValueError(
-                f"{name} is {matrix.dtype} {list(matrix.shape)}: give {_names(dtypes)} "
-                f"[{rows}, {columns}]"
-            )
-    named = [(name, tensor) for name, tensor, *_ in (*vectors, *matrices)]
-    for name, tensor in [("b", b), *named]:
-        if tensor.device != a.device or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is on {tensor.device} with strides {list(tensor.stride())}: give a "
-                f"contiguous tensor on {a.device}"
-            )
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _launch(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    alpha: float,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    weight_scale: Tensor | None,
-    k: float,
-    cap: float,
-    out: Tensor,
-    accumulate: bool,
-) -> None:
-    check_device(a)
-    (rows, depth), columns = a.shape, b.shape[0]
+def _launch(o: Operands, out: Tensor, accumulate: bool) -> None:
+    check_device(o.a)
+    (rows, columns), depth = o.shape, o.a.shape[1]
     if out.numel() == 0:
         return
-    tma = has_tma(a.device)
-    m, n, warps = _tile(a.device, tma)
+    tma = has_tma(o.a.device)
+    exact = o.a.dtype == torch.int8
+    chunk = depth
+    if depth > _CHUNK and not exact:
+        pieces = triton.cdiv(depth, _CHUNK)
+        chunk = triton.cdiv(depth, pieces * 128) * 128
+    m, n, warps = _tile(o.a.device, tma)
     tile_k = min(128, triton.next_power_of_2(depth))
     grid = (triton.cdiv(rows, m) * triton.cdiv(columns, n),)
     _matmul_kernel[grid](
-        TensorDescriptor.from_tensor(a, [m, tile_k]) if tma else a,
-        TensorDescriptor.from_tensor(b, [n, tile_k]) if tma else b,
+        TensorDescriptor.from_tensor(o.a, [m, tile_k]) if tma else o.a,
+        TensorDescriptor.from_tensor(o.b, [n, tile_k]) if tma else o.b,
         out,
-        scale_a,
-        scale_b,
-        bias,
-        weight,
-        weight_scale,
+        o.scale_a,
+        o.scale_b,
+        o.bias,
+        o.weight,
+        o.weight_scale,
         rows,
         columns,
-        alpha,
-        1.0 / k - 1.0,
-        1.0 / k,
-        cap,
+        o.alpha,
+        1.0 / o.k - 1.0,
+        1.0 / o.k,
+        o.cap,
         DEPTH=depth,
-        SCALE_A=scale_a.shape[0] > 1,
-        SCALE_B=scale_b.shape[0] > 1,
-        BIAS=bias is not None,
-        SLOPE=0 if weight_scale is None else 1 + (weight_scale.shape[0] > 1),
+        SCALE_A=o.scale_a.shape[0] > 1,
+        SCALE_B=o.scale_b.shape[0] > 1,
+        BIAS=o.bias is not None,
+        SLOPE=0 if o.weight_scale is None else 1 + (o.weight_scale.shape[0] > 1),
         ACCUMULATE=accumulate,
-        SUM=tl.int32 if a.dtype == torch.int8 else tl.float32,
+        SUM=tl.int32 if exact else tl.float32,
         TMA=tma,
         M=m,
         N=n,
         K=tile_k,
         GROUP=_GROUP,
+        CHUNK=chunk,
         num_warps=warps,
         num_stages=3,
     )

@@ -7,7 +7,7 @@ each gradient once, when it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -55,14 +55,21 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> tuple[float, fl
 
 
 @torch.no_grad()
-def clip_grad_norm_on_device(params: Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+def clip_grad_norm_on_device(
+    params: Iterable[Tensor],
+    max_norm: float,
+    squares: Callable[[Tensor], Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """:func:`clip_grad_norm` without waiting for the device: both results stay there.
 
-    One fused pass over all gradients, squares summed in FP64.
+    One fused pass over all gradients that were not measured when they were written, squares summed
+    in FP64.
 
     Args:
         params: Parameters, at least one of which has a gradient; all on one device.
         max_norm: Largest norm allowed; 0 switches clipping off, but the norm is still measured.
+        squares: Returns FP64 numbers that add up to the squared norm of a parameter's gradient, or
+            None where they are not known: :meth:`megafp4.precision.Squares.of`.
 
     Returns:
         ``(norm, scale)``, FP64, 0-dim. The scale of a norm that is not finite is NaN.
@@ -71,9 +78,17 @@ def clip_grad_norm_on_device(params: Iterable[Tensor], max_norm: float) -> tuple
         ConfigError: ``max_norm`` is negative or NaN.
     """
     _check(max_norm)
-    grads = [param.grad for param in params if param.grad is not None]
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
-    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+    grads, known = [], []
+    for param in params:
+        found = None if squares is None else squares(param)
+        if found is not None:
+            known.append(found.flatten())
+        elif param.grad is not None:
+            grads.append(param.grad)
+    norms = list(torch._foreach_norm(grads, 2, dtype=torch.float64)) if grads else []
+    if known:
+        norms.append(torch.cat(known).sum().sqrt())
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     limited = max_norm / norm.clamp(min=max_norm) if max_norm else torch.ones_like(norm)
     return norm, torch.where(norm.isfinite(), limited, math.nan)
 

@@ -5,10 +5,11 @@ longer to launch them than the GPU to run them. A graph is recorded once and rep
 Kernels read the seed, the step and the first token from the device, so each replay draws its own
 random bits, the same that an eager step would.
 
-Two graphs: one for the first micro-batch of a step, which quantizes the weights and writes the
-gradients, one for the others, which share the weights and add. Both live in one memory pool, which
-is as large as an eager step's memory; so a step that has to run eagerly (statistics are collected,
-the recipe has changed) releases them, and the next one records them again.
+A graph for the first micro-batch of a step, which quantizes the weights and writes the gradients,
+one for the others, which share the weights and add, and where the gradients are measured one for
+the last, which does that. They live in one memory pool, which is as large as an eager step's
+memory; so a step that has to run eagerly (statistics are collected, the recipe has changed)
+releases them, and the next one records them again.
 """
 
 from __future__ import annotations
@@ -76,18 +77,30 @@ class Recorder:
                 )
             if all(backend is not known for known in self._backends):
                 self._backends.append(backend)
-        self._recordings: list[Recording] = []
+        # By (is the first of its step, measures the gradients).
+        self._recordings: dict[tuple[bool, bool], Recording] = {}
         self._gradients: list[Tensor | None] = []
+        self._squares: list[Tensor | None] = []
+        self._measures = False
         self._pool: Any = None
         self._warm = False
 
-    def accumulate(self, batches: Sequence[MicroBatch], shares: Tensor, step: int) -> Tensor | None:
+    def accumulate(
+        self,
+        batches: Sequence[MicroBatch],
+        shares: Tensor,
+        step: int,
+        *,
+        measures: bool = False,
+    ) -> Tensor | None:
         """Accumulate the gradients of a step.
 
         Args:
             batches: Its micro-batches, all of one shape.
             shares: FP32 [number of micro-batches]: weight of each in the loss.
             step: Index of the optimizer step.
+            measures: Measure the gradients as the last micro-batch writes them, see
+                :attr:`megafp4.precision.Precision.measures`.
 
         Returns:
             FP32 0-dim loss, or None where the step must run eagerly first: compilation, windows
@@ -96,6 +109,9 @@ class Recorder:
         if self._precision.probe is not None:
             self.release()
             return None
+        if measures != self._measures:
+            self.release()
+            self._measures = measures
         if not self._warm:
             self._warm = True
             return None
@@ -108,18 +124,18 @@ class Recorder:
         for index, (tokens, targets) in enumerate(batches):
             for backend in self._backends:
                 backend.pin_position(self._precision.seed, step, first_token, tokens.device)
-            kind = min(index, 1)
-            if len(self._recordings) == kind:
+            kind = index == 0, measures and index == len(batches) - 1
+            if kind not in self._recordings:
                 self._precision.step, self._precision.first_token = step, first_token
-                self._recordings.append(self._record(tokens, targets))
+                self._precision.measures = kind[1]
+                self._recordings[kind] = self._record(tokens, targets)
             recording = self._recordings[kind]
             total += recording.replay(tokens, targets, shares[index])
             self._precision.ledger.merge(recording.ledger)
             first_token += tokens.numel()
         for backend in self._backends:
             backend.unpin_position()
-        for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
-            parameter.grad = gradient
+        self._hand_over()
         return total
 
     def restart(self) -> None:
@@ -130,7 +146,9 @@ class Recorder:
     def release(self) -> None:
         """Forget the graphs and give their memory back."""
         if self._recordings:
-            self._recordings, self._gradients, self._pool = [], [], None
+            self._recordings, self._gradients, self._squares = {}, [], []
+            self._pool = None
+            self._precision.squares.clear()
             for linear in self._linears:
                 linear.op.forget_weights()
             torch.cuda.empty_cache()
@@ -148,4 +166,13 @@ class Recorder:
         finally:
             self._precision.ledger = ledger
         self._gradients = [parameter.grad for parameter in self._model.parameters()]
+        self._squares = [self._precision.squares.of(one) for one in self._model.parameters()]
         return made
+
+    def _hand_over(self) -> None:
+        """Give each parameter the gradient that the replays have written, and its measurement."""
+        kept = zip(self._model.parameters(), self._gradients, self._squares, strict=True)
+        for parameter, gradient, squares in kept:
+            parameter.grad = gradient
+            if gradient is not None and squares is not None:
+                self._precision.squares.record(parameter, gradient, squares)

@@ -158,6 +158,7 @@ def take_step(run: Run, step: int) -> StepResult | Flight:
 
     if not _is_spike(run, step, loss):
         run.optimizer.step(step, lr, grad_scale=scale)
+    run.note_magnitudes()
     run.optimizer.zero_grad()
     return StepResult(loss, norm, lr)
 
@@ -167,10 +168,13 @@ def _take_step_ahead(
 ) -> Flight:
     """Launch a step; the device decides whether its update is skipped."""
     loss = accumulate_gradients(run, step, batches)
-    norm, scale = clip_grad_norm_on_device(run.model.parameters(), run.optim.clip_grad)
+    norm, scale = clip_grad_norm_on_device(
+        run.model.parameters(), run.optim.clip_grad, run.precision.squares.of
+    )
     skip = guard.refuses(loss, norm)
     land(run, None)  # after a step that ends the run nothing may move
     run.optimizer.step(step, lr, grad_scale=scale, skip=skip)
+    run.note_magnitudes()
     run.optimizer.zero_grad()
     run.flight = launch(step, lr, batches, loss, norm)
     run.data.prefetch(step + 1)
@@ -220,18 +224,21 @@ def accumulate_gradients(run: Run, step: int, batches: list[MicroBatch]) -> Tens
     """
     predicted = torch.stack([(targets != -1).sum() for _, targets in batches]).double()
     shares = (predicted / predicted.sum()).float()
+    # On the device, the norm is taken from what the last backward pass has measured.
+    measures = run.device_guard is not None
     if run.recorder is not None:
-        replayed = run.recorder.accumulate(batches, shares, step)
+        replayed = run.recorder.accumulate(batches, shares, step, measures=measures)
         if replayed is not None:
             return replayed
     total = torch.zeros((), dtype=torch.float32, device=run.device)
     run.precision.step = step
     first_token = 0
-    for (tokens, targets), share in zip(batches, shares, strict=True):
+    for index, ((tokens, targets), share) in enumerate(zip(batches, shares, strict=True)):
         # Random bits are keyed by the token's place in the global batch: cutting it into other
         # micro-batches draws the same ones.
         run.precision.first_token = first_token
         loss = run.model(tokens, targets) * share
+        run.precision.measures = measures and index == len(batches) - 1
         loss.backward()
         total += loss.detach()
         first_token += tokens.numel()

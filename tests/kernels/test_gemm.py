@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megafp4.numerics.estimators import dge_multiplier
 from megafp4_kernels import driver
-from megafp4_kernels.gemm import Slope, gemm
+from megafp4_kernels.gemm import gemm
+from megafp4_kernels.gemm_arguments import Slope, squares_shape
 from tests.kernels.test_driver import gpu, needs_gpu, needs_nvrtc
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -25,6 +26,9 @@ VARIANTS = {
     "fp32": {"OUT": "OUT_FP32", "SCALE_B_ROWS": 1, "BIAS": "FP32"},
     "add-slope": {"OUT": "OUT_ADD", "SLOPE": "FP32"},
     "direct": {"DIRECT": 1, "SCALE_B_ROWS": 1, "BIAS": "BF16"},
+    "squares": {"OUT": "OUT_FP32", "SQUARES": 1, "TILE_N": 128, "STAGES": 6},
+    "add-squares": {"OUT": "OUT_ADD", "SQUARES": 1, "SLOPE": "BF16"},
+    "chunk": {"CHUNK": 32},
 }
 
 
@@ -33,7 +37,8 @@ VARIANTS = {
 def test_the_kernel_compiles(name: str) -> None:
     options: dict[str, str | int] = {
         "A_TYPE": "e4m3", "B_TYPE": "e5m2", "TILE_N": 256, "STAGES": 4, "CLUSTER": 2, "GROUP": 8,
-        "OUT": "OUT_BF16", "DIRECT": 0, "SCALE_B_ROWS": 0, "BIAS": 0, "SLOPE": 0,
+        "OUT": "OUT_BF16", "DIRECT": 0, "SCALE_B_ROWS": 0, "BIAS": 0, "SLOPE": 0, "SQUARES": 0,
+        "CHUNK": 0,
     }  # fmt: skip
     cubin = driver.compile_cubin("gemm.cu", tuple((options | VARIANTS[name]).items()))
     assert cubin[:4] == b"\x7fELF"
@@ -61,6 +66,9 @@ def test_shapes_and_dtypes_are_known_without_a_gpu(operands: dict[str, Tensor]) 
     assert gemm(**operands, out_dtype=FP32).dtype == FP32
     out = fake(64, 40)
     assert gemm(**operands, out=out, accumulate=True) is out
+    squares = fake(*squares_shape(64, 40), dtype=torch.float64)
+    assert gemm(**operands, out=out, accumulate=True, squares=squares, chunk=128) is out
+    assert gemm(**operands, out_dtype=FP32, squares=squares).shape == (64, 40)
     operands["a"] = fake(96, 1, dtype=E4M3).as_strided((1, 96), (1, 1))  # one row has no stride
     assert gemm(**operands).shape == (1, 40)
 
@@ -80,7 +88,7 @@ def test_shapes_and_dtypes_are_known_without_a_gpu(operands: dict[str, Tensor]) 
         ({"scale_a": lambda: fake(40)}, r"scale_a is .*give contiguous float32 \[1\] or \[64\]"),
         ({"scale_b": lambda: fake(1, dtype=BF16)}, "scale_b is torch.bfloat16"),
         ({"bias": lambda: fake(64)}, "bias is"),
-        ({"scale_b": lambda: torch.empty(1)}, "put all of them on one CUDA device"),
+        ({"scale_b": lambda: torch.empty(1)}, "a is on cuda:0 and scale_b on cpu"),
         ({"out_dtype": lambda: torch.float16}, "contiguous float32 or bfloat16"),
         ({"out": lambda: fake(40, 64).T}, "contiguous float32 or bfloat16"),
         ({"accumulate": lambda: True}, "no out was given"),
@@ -88,6 +96,17 @@ def test_shapes_and_dtypes_are_known_without_a_gpu(operands: dict[str, Tensor]) 
         ({"slope": lambda: Slope(fake(40, 64), fake(1))}, "the slope's weight"),
         ({"slope": lambda: Slope(fake(64, 40), fake(40))}, "the slope's scale"),
         ({"slope": lambda: Slope(fake(64, 40), fake(1), k=0.0)}, "the slope's k"),
+        ({"chunk": lambda: 64}, "chunk is 64: give a multiple of 128"),
+        ({"chunk": lambda: -128}, "chunk is -128"),
+        ({"squares": lambda: fake(4, 1, dtype=torch.float64)}, "squares are of an FP32 result"),
+        (
+            {"squares": lambda: fake(4, 1), "out_dtype": lambda: FP32},
+            r"squares is .*give contiguous float64 \[4, 1\]",
+        ),
+        (
+            {"squares": lambda: fake(4, 2, dtype=torch.float64), "out": lambda: fake(64, 40)},
+            r"give contiguous float64 \[4, 1\]",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
@@ -208,6 +227,84 @@ def test_the_slope_multiplies_the_gradient(n: int, dtype: torch.dtype, rows: boo
     torch.testing.assert_close(rounded.float(), expected, rtol=2**-8, atol=0)
 
 
+def block_sums(result: Tensor) -> Tensor:
+    """Sums of squares of the blocks of 16 x 128."""
+    rows, columns = squares_shape(*result.shape)
+    padded = torch.zeros(rows * 16, columns * 128, dtype=torch.float64, device="cuda")
+    padded[: result.shape[0], : result.shape[1]] = result.double().square()
+    return padded.view(rows, 16, columns, 128).sum((1, 3))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("m", "n"), [(1, 1), (300, 264), (129, 257), (17, 129), (64, 4), (2500, 4097), (2048, 4096)]
+)
+def test_squares_are_those_of_the_result(m: int, n: int) -> None:
+    a, b = random_codes(m, 288, E5M2), random_codes(n, 288, E4M3)
+    options: dict[str, Any] = {"scale_a": scale_of(m, True), "scale_b": scale_of(n, False)}
+    plain = gemm(a, b, **options, out_dtype=FP32)
+    slope = Slope(torch.randn(m, n, device="cuda"), torch.ones(1, device="cuda"))
+    before = torch.randn_like(plain) * plain.abs().mean()
+    for accumulate, extra in itertools.product((False, True), ({}, {"slope": slope})):
+        expected, out = (before.clone() if accumulate else torch.zeros_like(plain) for _ in "ab")
+        gemm(a, b, **options, **extra, out=expected, accumulate=accumulate)
+        found = []
+        for _ in range(2):
+            out.copy_(before)
+            squares = torch.full(squares_shape(m, n), torch.nan, dtype=torch.float64, device="cuda")
+            gemm(a, b, **options, **extra, out=out, accumulate=accumulate, squares=squares)
+            assert torch.equal(out, expected)
+            found.append(squares)
+        torch.testing.assert_close(found[0], block_sums(out), rtol=1e-6, atol=0)
+        assert torch.equal(*found)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("alpha", [1e30, 1e-30, 0.0, torch.inf])
+def test_squares_do_not_leave_their_range(alpha: float) -> None:
+    a, b = (torch.randn(lines, 256, device="cuda").to(E4M3) for lines in (200, 136))
+    one, squares = torch.ones(1, device="cuda"), torch.empty(13, 2, device="cuda").double()
+    out = gemm(a, b, scale_a=one, scale_b=one, alpha=alpha, out_dtype=FP32, squares=squares)
+    torch.testing.assert_close(squares, block_sums(out), rtol=1e-6, atol=0, equal_nan=True)
+    assert bool(squares.isfinite().all()) == (alpha < torch.inf)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("n", [257, 256])
+def test_a_bias_beyond_the_edge_is_not_measured(n: int) -> None:
+    a, b = random_codes(70, 64, E5M2), random_codes(n, 64, E5M2)
+    one, bias = torch.ones(1, device="cuda"), torch.randn(n, device="cuda")
+    squares = torch.empty(squares_shape(70, n), dtype=torch.float64, device="cuda")
+    out = gemm(a, b, scale_a=one, scale_b=one, bias=bias, out_dtype=FP32, squares=squares)
+    torch.testing.assert_close(squares, block_sums(out), rtol=1e-6, atol=0)
+
+
+@gpu
+@needs_gpu
+def test_chunks_make_a_long_sum_exact() -> None:
+    m, n, k = 1024, 512, 16384 + 32
+    a, b = (torch.randn(lines, k, device="cuda").to(E5M2) for lines in (m, n))
+    options: dict[str, Any] = {"scale_a": scale_of(m, True), "scale_b": scale_of(n, True)}
+    product, _ = exact(a, b, **options)
+    errors = []
+    for chunk in (0, 4096, 128, 1 << 20):
+        out = gemm(a, b, **options, out_dtype=FP32, chunk=chunk)
+        errors.append(float((out - product).norm() / product.norm()))
+    assert errors[3] == errors[0]
+    assert errors[1] < min(SUM, 0.6 * errors[0])
+    assert errors[2] < 0.5 * errors[1]
+    added = torch.ones(m, n, device="cuda")
+    squares = torch.empty(squares_shape(m, n), dtype=torch.float64, device="cuda")
+    gemm(a, b, **options, out=added, accumulate=True, chunk=4096, squares=squares)
+    assert float((added - 1 - product).norm() / product.norm()) < min(SUM, 0.6 * errors[0])
+    torch.testing.assert_close(squares, block_sums(added), rtol=1e-6, atol=0)
+    rounded = gemm(a, b, **options, chunk=4096, bias=torch.randn(n, device="cuda"))
+    assert rounded.isfinite().all()
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -252,13 +349,13 @@ def test_a_graph_reads_the_scales_of_its_replay() -> None:
 def test_the_operators_keep_torchs_contracts() -> None:
     a, b = random_codes(64, 64, E4M3), random_codes(48, 64, E5M2)
     one, bias = torch.ones(1, device="cuda"), torch.randn(48, device="cuda")
-    shared = (a, b, one, one, 1.0, bias, None, None, 1.0, 1.0)
+    shared = (a, b, one, one, 1.0, bias, None, None, 1.0, 1.0, 0)
     # Not test_schema: it compares arguments with allclose, which knows no FP8.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.megafp4.gemm.default, (*shared, BF16), test_utils=checks)
     out = torch.zeros(64, 48, device="cuda")
     torch.library.opcheck(
-        torch.ops.megafp4.gemm_out.default, (*shared, out, True), test_utils=checks
+        torch.ops.megafp4.gemm_out.default, (*shared, out, True, None), test_utils=checks
     )
     out.zero_()
     compiled = torch.compile(gemm, fullgraph=True, backend="aot_eager")

@@ -7,7 +7,7 @@ from megafp4.numerics import dge_multiplier
 from tests.kernels.triton_device import DEVICE, INTERPRETING, gpu_only
 
 from megafp4_kernels import gemm_triton as module  # isort: skip
-from megafp4_kernels.gemm import Slope  # isort: skip
+from megafp4_kernels.gemm_arguments import Slope  # isort: skip
 from megafp4_kernels.gemm_int8 import gemm_int8  # isort: skip
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -57,6 +57,14 @@ def test_every_depth(k: int, tma: bool, monkeypatch: pytest.MonkeyPatch) -> None
     assert_close(out, exact, 1e-3)
 
 
+def test_long_sums_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 256)
+    a, b, scales, exact = operands(33, 80, 256 * 2 + 48, *FP8, True)
+    bias = torch.randn(80, device=DEVICE)
+    out = module.gemm_triton(a, b, bias=bias, out_dtype=torch.float32, **scales)
+    assert_close(out, exact + bias, 1e-3)
+
+
 @pytest.mark.parametrize("line", [False, True])
 def test_slope_and_accumulation(line: bool) -> None:
     a, b, scales, exact = operands(*SMALL, *FP8, line)
@@ -102,7 +110,8 @@ def test_int8_sums_are_exact(line: bool) -> None:
 def test_large(shape: tuple[int, int, int]) -> None:
     a, b, scales, exact = operands(*shape, torch.float8_e5m2, torch.float8_e5m2, True)
     first = module.gemm_triton(a, b, **scales)
-    assert_close(first, exact, BF16)
+    # Summed in one go, the third loses more than the rounding to BF16 does: 2.7e-3.
+    assert_close(first, exact, 2.2e-3)
     assert torch.equal(first, module.gemm_triton(a, b, **scales))
 
 
@@ -121,13 +130,13 @@ def test_refusals() -> None:
     multiply = module.gemm_triton
     with pytest.raises(ValueError, match="multiple of 16"):
         multiply(a[:, :24].contiguous(), b[:, :24].contiguous(), **scales)
-    with pytest.raises(ValueError, match="contiguous matrices"):
+    with pytest.raises(ValueError, match="contiguous matrix"):
         multiply(a[:, :16], b[:, :16].contiguous(), **scales)
     with pytest.raises(ValueError, match="float8_e4m3fn or float8_e5m2"):
         multiply(a.bfloat16(), b, **scales)
     with pytest.raises(ValueError, match="no out was given"):
         multiply(a, b, accumulate=True, **scales)
-    with pytest.raises(ValueError, match="give float32"):
+    with pytest.raises(ValueError, match="give a float32 out"):
         multiply(a, b, out=torch.zeros(33, 48, dtype=torch.bfloat16, device=DEVICE),
                  accumulate=True, **scales)  # fmt: skip
     with pytest.raises(ValueError, match="bias is"):

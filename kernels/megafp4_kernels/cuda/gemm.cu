@@ -1,4 +1,4 @@
-// FP8 GEMM for Hopper: out = alpha * scale_a * scale_b * (a b^T) + bias, all of it K-major.
+// FP8 GEMM for Hopper: out = (alpha * scale_a * scale_b * (a b^T) + bias) * slope, all K-major.
 //
 // A persistent, warp-specialised kernel. One thread of the first warpgroup copies tiles of a
 // (128 x 128 bytes) and b (TILE_N x 128 bytes) into a ring of STAGES buffers with TMA; two
@@ -12,6 +12,9 @@
 // rows that are walked together, so that both operands stay in L2. OUT: OUT_BF16 | OUT_FP32 |
 // OUT_ADD (into FP32). DIRECT: 1 stores element by element, for rows that TMA cannot address.
 // SCALE_B_ROWS: scale_b has one value per row of b. BIAS, SLOPE: 0 | FP32 | BF16 (their dtype).
+// SQUARES: 1 also sums up the squares of every 16 x 128 block of an FP32 result, in a fixed order;
+// for OUT_ADD the old result is then read and the sum stored. CHUNK: after so many k-tiles the
+// tensor core's sum, which keeps fewer bits than FP32, is added to one in registers; 0 is never.
 #include "gemm_ptx.cuh"
 
 #define OUT_BF16 0
@@ -32,59 +35,20 @@ constexpr int kStaging = 2 * kBox;  // per warpgroup
 constexpr int kPanel = OUT == OUT_BF16 ? 64 : 32;  // columns of one store
 constexpr int kColumnValues = 128;  // per warpgroup: 64 of scale_b, then 64 of bias
 constexpr int kPanels = kTileN / kPanel;
+constexpr int kBlock = 128 / kPanel;  // panels of a block of squares
 constexpr int kPart = kPanel / 2;  // elements of a panel in each thread
 constexpr int kThreads = 128;  // of a warpgroup
 constexpr int kConsumers = 2;
 constexpr int kAccumulators = kTileN / 2;  // per thread: 64 x kTileN over 128 threads
 constexpr bool kColumns = SCALE_B_ROWS || BIAS;
+constexpr bool kReadsOut = OUT == OUT_ADD && SQUARES;
 
 struct Problem {
     int rows, columns, k_tiles;
     int tiles_m, tiles_n;  // in units of a cluster's tile
 };
 
-struct Epilogue {
-    float alpha;
-    const float* scale_a;
-    int stride_a;  // 0: one scale, 1: one per row
-    const float* scale_b;
-    const void* bias;
-    const void* weight;  // of the slope, [rows, columns]
-    const float* weight_scale;
-    int stride_weight;
-    float exponent, factor, cap;  // slope = min(factor * |u|^exponent, cap)
-    void* out;
-};
-
-// What the epilogue reads from memory, fetched before the products that hide the latency, and not
-// touched until they are done: an instruction that uses a value waits for it.
-struct Fetched {
-    float scale_a[2];  // of this thread's two rows
-    float scale_b;
-    float weight_scale[2];
-    u32 columns[kPanels];  // of each panel, the bits of one value of scale_b or of bias
-};
-
-__device__ __forceinline__ float load(const void* p, long long index, int type) {
-    if (type == FP32) return __ldg(static_cast<const float*>(p) + index);
-    const u32 bits = __ldg(static_cast<const unsigned short*>(p) + index);
-    return __uint_as_float(bits << 16);
-}
-
-// Two neighbours in one aligned load.
-__device__ __forceinline__ void load_pair(float* to, const void* p, long long index, int type) {
-    if (type == FP32) {
-        const float* at = static_cast<const float*>(p) + index;
-        const float2 pair = __ldg(reinterpret_cast<const float2*>(at));
-        to[0] = pair.x;
-        to[1] = pair.y;
-    } else {
-        const unsigned short* at = static_cast<const unsigned short*>(p) + index;
-        const u32 pair = __ldg(reinterpret_cast<const u32*>(at));
-        to[0] = __uint_as_float(pair << 16);
-        to[1] = __uint_as_float(pair & 0xFFFF0000);
-    }
-}
+#include "gemm_epilogue.cuh"
 
 // Tile of the walk: GROUP rows of tiles together, column by column.
 __device__ __forceinline__ void tile_of(const Problem& p, int index, int& m, int& n) {
@@ -96,27 +60,14 @@ __device__ __forceinline__ void tile_of(const Problem& p, int index, int& m, int
     n = rest / rows;
 }
 
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-// Derivative of the DGE curve [arXiv 2501.17116, eq. 8] at a weight divided by its scale.
-__device__ __forceinline__ float dge_slope(float scaled, const Epilogue& e) {
-    const float magnitude = fabsf(scaled) > 6.0f ? 6.0f : fabsf(scaled);  // NaN stays NaN
-    const float inverse_step = magnitude < 2.0f ? 2.0f : magnitude < 4.0f ? 1.0f : 0.5f;
-    const float steps = magnitude * inverse_step;
-    const float u = fabsf(2.0f * (steps - floorf(steps)) - 1.0f);
-    float power;  // u is 0 or at least 2^-23; the least normal number stands for 0
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(u == 0.0f ? 1.17549435e-38f : u));
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(e.exponent * power));
-    const float slope = e.factor * power;
-    return slope > e.cap ? e.cap : slope;
+// Brings a CTA's tile of the old result to L2.
+__device__ __forceinline__ void prefetch_out(const TensorMap* out, int row, int column) {
+    for (int c = 0; c < kTileN; c += kPanel)
+        for (int r = 0; r < kTileM; r += 64) tma_prefetch(out, column + c, row + r);
 }
 
 __device__ __forceinline__ void produce(const Problem& p, const TensorMap* a, const TensorMap* b,
-                                        u32 stages, u32 full, u32 empty) {
+                                        const TensorMap* out, u32 stages, u32 full, u32 empty) {
     const u32 rank = kCluster > 1 ? cluster_rank() : 0;
     const int tiles = p.tiles_m * p.tiles_n;
     int stage = 0;
@@ -137,6 +88,8 @@ __device__ __forceinline__ void produce(const Problem& p, const TensorMap* a, co
                 tma_load_multicast(half, b, k * kTileK, row_b, arrived, (1 << kCluster) - 1);
             else
                 tma_load(half, b, k * kTileK, row_b, arrived);
+            if (kReadsOut && !DIRECT && k == max(0, p.k_tiles - 8))  // the epilogue is near
+                prefetch_out(out, row_a, n * kTileN);
             if (++stage == kStages) {
                 stage = 0;
                 parity ^= 1;
@@ -176,154 +129,18 @@ __device__ __forceinline__ void multiply(float (&d)[kAccumulators], int k_tiles,
     release(empty, previous);
 }
 
-// The two rows of a warpgroup's 64 that a thread holds.
-__device__ __forceinline__ int row_of(int first, int upper) {
-    const int thread = threadIdx.x % kThreads;
-    return first + thread / 32 * 16 + thread % 32 / 4 + upper * 8;
-}
-
-__device__ __forceinline__ Fetched fetch(const Problem& p, const Epilogue& e, int first,
-                                         int column0) {
-    const int thread = threadIdx.x % kThreads;
-    Fetched f;
-    if (!SCALE_B_ROWS) f.scale_b = __ldg(e.scale_b);
+// The same, but the tensor core adds up CHUNK tiles at most.
+__device__ __forceinline__ void multiply_chunks(float (&total)[kAccumulators], int k_tiles,
+                                                u32 stages, u32 full, u32 empty, int group,
+                                                int& stage, u32& parity) {
+    float d[kAccumulators];
 #pragma unroll
-    for (int upper = 0; upper < 2; ++upper) {
-        const int row = min(row_of(first, upper), p.rows - 1);
-        f.scale_a[upper] = __ldg(e.scale_a + row * e.stride_a);
-        if (SLOPE) f.weight_scale[upper] = __ldg(e.weight_scale + row * e.stride_weight);
-    }
+    for (int i = 0; i < kAccumulators; ++i) total[i] = 0.0f;
+#pragma unroll 1
+    for (int k = 0; k < k_tiles; k += CHUNK) {
+        multiply(d, min(CHUNK, k_tiles - k), stages, full, empty, group, stage, parity);
 #pragma unroll
-    for (int panel = 0; panel < kPanels && kColumns; ++panel) {
-        const int c = min(column0 + panel * kPanel + thread % (kColumnValues / 2), p.columns - 1);
-        if (thread < kColumnValues / 2)
-            f.columns[panel] = SCALE_B_ROWS ? __float_as_uint(__ldg(e.scale_b + c)) : 0;
-        else if (BIAS == BF16)
-            f.columns[panel] = __ldg(static_cast<const unsigned short*>(e.bias) + c);
-        else
-            f.columns[panel] = BIAS ? __ldg(static_cast<const u32*>(e.bias) + c) : 0;
-    }
-    return f;
-}
-
-// The slope's weights under a thread's part of a panel, in the order of its elements.
-__device__ __forceinline__ void fetch_weights(float (&weights)[kPart], const Problem& p,
-                                              const Epilogue& e, int first, int column) {
-    const int pair = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kPart; i += 2) {
-        const long long row = min(row_of(first, i / 2 % 2), p.rows - 1);
-        const int c = column + i / 4 * 8 + pair;
-        if (DIRECT) {
-            weights[i] = load(e.weight, row * p.columns + min(c, p.columns - 1), SLOPE);
-            weights[i + 1] = load(e.weight, row * p.columns + min(c + 1, p.columns - 1), SLOPE);
-        } else {
-            load_pair(weights + i, e.weight, row * p.columns + min(c, p.columns - 2), SLOPE);
-        }
-    }
-}
-
-// Scales a thread's part of a 64 x kPanel panel: element i lies in row_of(i / 2 % 2) and in column
-// i / 4 * 8 + thread % 4 * 2 + i % 2 of the panel.
-__device__ __forceinline__ void scale_panel(float* d, const Epilogue& e, const float (&scale)[2],
-                                            const float (&inverse)[2], const float* columns,
-                                            const float* weights) {
-    const int pair = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) {
-        const int upper = i / 2 % 2, within = i / 4 * 8 + pair + i % 2;
-        const float factor = SCALE_B_ROWS ? scale[upper] * columns[within] : scale[upper];
-        d[i] = BIAS ? fmaf(d[i], factor, columns[kColumnValues / 2 + within]) : d[i] * factor;
-        if (SLOPE) d[i] *= dge_slope(weights[i] * inverse[upper], e);
-    }
-}
-
-__device__ __forceinline__ void store_direct(const float* d, const Problem& p, const Epilogue& e,
-                                             int first, int column) {
-    const int pair = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) {
-        const int r = row_of(first, i / 2 % 2), c = column + i / 4 * 8 + pair + i % 2;
-        if (r >= p.rows || c >= p.columns) continue;
-        const long long at = (long long)r * p.columns + c;
-        if (OUT == OUT_BF16) {
-            static_cast<unsigned short*>(e.out)[at] = pack_bf16(d[i], 0.0f);
-        } else {
-            float* out = static_cast<float*>(e.out) + at;
-            *out = OUT == OUT_ADD ? *out + d[i] : d[i];
-        }
-    }
-}
-
-// Writes a panel to shared memory as TMA's 128-byte swizzle wants it: the 16-byte chunk `c` of
-// row r lies at chunk c ^ (r % 8).
-__device__ __forceinline__ void stage_panel(const float* d, u32 staging) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    if (OUT == OUT_BF16) {
-        const int row = warp * 16 + lane % 16;
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            const float* v = d + j * 4;
-            const u32 chunk = (j + lane / 16) ^ (row % 8);
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                             staging + row * 128 + chunk * 16),
-                         "r"(pack_bf16(v[0], v[1])), "r"(pack_bf16(v[2], v[3])),
-                         "r"(pack_bf16(v[4], v[5])), "r"(pack_bf16(v[6], v[7]))
-                         : "memory");
-        }
-    } else {
-        const int pair = lane % 4;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int j = i / 2, row = warp * 16 + i % 2 * 8 + lane / 4;
-            const u32 chunk = (j * 2 + pair / 2) ^ (row % 8);
-            const u32 at = staging + row * 128 + chunk * 16 + pair % 2 * 8;
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(d[i * 2]),
-                         "f"(d[i * 2 + 1])
-                         : "memory");
-        }
-    }
-}
-
-__device__ __forceinline__ void store(float (&d)[kAccumulators], const Problem& p,
-                                      const Epilogue& e, const Fetched& f,
-                                      float (&weights)[2][kPart], const TensorMap* out,
-                                      u32 staging, float* columns, int group, int first,
-                                      int column0) {
-    const int thread = threadIdx.x % kThreads;
-    const int shift = BIAS == BF16 && thread >= kColumnValues / 2 ? 16 : 0;
-    float scale[2], inverse[2];
-#pragma unroll
-    for (int upper = 0; upper < 2; ++upper) {
-        scale[upper] = e.alpha * f.scale_a[upper] * (SCALE_B_ROWS ? 1.0f : f.scale_b);
-        if (SLOPE) inverse[upper] = 1.0f / f.weight_scale[upper];
-    }
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-        const int column = column0 + panel * kPanel;
-        const u32 buffer = staging + panel % 2 * kBox;
-        float* part = d + panel * kPart;
-        if (SLOPE && panel + 1 < kPanels)
-            fetch_weights(weights[(panel + 1) % 2], p, e, first, column + kPanel);
-        if (kColumns) columns[thread] = __uint_as_float(f.columns[panel] << shift);
-        if (!DIRECT && thread == 0) tma_wait_read<1>();  // the buffer before last is free again
-        if (kColumns || !DIRECT) named_barrier(1 + group, kThreads);
-        scale_panel(part, e, scale, inverse, columns, weights[panel % 2]);
-        if (DIRECT) {
-            store_direct(part, p, e, first, column);
-            if (kColumns) named_barrier(1 + group, kThreads);
-            continue;
-        }
-        stage_panel(part, buffer);
-        async_proxy_fence();
-        named_barrier(1 + group, kThreads);
-        if (thread == 0) {
-            if (OUT == OUT_ADD)
-                tma_add(out, column, first, buffer);
-            else
-                tma_store(out, column, first, buffer);
-            tma_commit();
-        }
+        for (int i = 0; i < kAccumulators; ++i) total[i] += d[i];
     }
 }
 
@@ -335,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
          const __grid_constant__ TensorMap map_out, int rows, int columns, int k, float alpha,
          const float* scale_a, int stride_a, const float* scale_b, const void* bias,
          const void* weight, const float* weight_scale, int stride_weight, float exponent,
-         float factor, float cap, void* out) {
+         float factor, float cap, double* squares, void* out) {
     extern __shared__ __align__(1024) char shared[];
     const u32 stages = shared_address(shared);
     const u32 staging = stages + kStages * (kBytesA + kBytesB);
@@ -363,12 +180,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     if (threadIdx.x < kThreads) {
         registers_shrink<40>();
-        if (threadIdx.x == 0) produce(p, &map_a, &map_b, stages, full, empty);
+        if (threadIdx.x == 0) produce(p, &map_a, &map_b, &map_out, stages, full, empty);
     } else {
         registers_grow<232>();
         const Epilogue e = {alpha,  scale_a,      stride_a,      scale_b,  bias,
                             weight, weight_scale, stride_weight, exponent, factor,
-                            cap,    out};
+                            cap,    squares,      out};
         const int group = threadIdx.x / kThreads - 1;
         const int tiles = p.tiles_m * p.tiles_n;
         const int rank = kCluster > 1 ? cluster_rank() : 0;
@@ -381,9 +198,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             const Fetched f = fetch(p, e, first, n * kTileN);
             float weights[2][kPart];
             if (SLOPE) fetch_weights(weights[0], p, e, first, n * kTileN);
+            float old[2][kPart];
+            if (kReadsOut) fetch_out(old[0], p, e, first, n * kTileN);
             float d[kAccumulators];
-            multiply(d, p.k_tiles, stages, full, empty, group, stage, parity);
-            store(d, p, e, f, weights, &map_out, staging + group * kStaging,
+            if constexpr (CHUNK > 0)
+                multiply_chunks(d, p.k_tiles, stages, full, empty, group, stage, parity);
+            else
+                multiply(d, p.k_tiles, stages, full, empty, group, stage, parity);
+            store(d, p, e, f, weights, old, &map_out, staging + group * kStaging,
                   column_values + group * kColumnValues, group, first, n * kTileN);
         }
         if (!DIRECT && threadIdx.x % kThreads == 0) tma_wait_all();
