@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megafp4_kernels.operators import define
+
 MAX_VALUES = {
     "fp8-e4m3": 448.0,
     "fp8-e5m2": 57344.0,
@@ -151,7 +153,7 @@ def amax(x: Tensor, axis: int | None) -> Tensor:
     Raises:
         ValueError: x or axis is not as above.
     """
-    return _statistic(x, -1 if axis is None else axis, 0.0)
+    return torch.ops.megafp4.line_statistic(x, -1 if axis is None else axis, 0.0)
 
 
 def scale(x: Tensor, fmt: str, axis: int | None) -> Tensor:
@@ -170,7 +172,25 @@ def scale(x: Tensor, fmt: str, axis: int | None) -> Tensor:
     """
     if fmt not in MAX_VALUES:
         raise ValueError(f"format is {fmt!r}: choose one of {', '.join(MAX_VALUES)}")
-    return _statistic(x, -1 if axis is None else axis, MAX_VALUES[fmt])
+    return torch.ops.megafp4.line_statistic(x, -1 if axis is None else axis, MAX_VALUES[fmt])
+
+
+def scale_of(largest: Tensor, fmt: str) -> Tensor:
+    """:func:`scale` of a matrix whose largest magnitude is known.
+
+    Args:
+        largest: FP32 [1]; not negative.
+        fmt: As for :func:`scale`.
+
+    Returns:
+        FP32 [1].
+
+    Raises:
+        ValueError: largest or fmt is not as above.
+    """
+    if fmt not in MAX_VALUES:
+        raise ValueError(f"format is {fmt!r}: choose one of {', '.join(MAX_VALUES)}")
+    return torch.ops.megafp4.scale_of(largest, MAX_VALUES[fmt])
 
 
 def check_matrix(x: Tensor) -> None:
@@ -189,7 +209,6 @@ def check_device(x: Tensor) -> None:
         raise ValueError(f"x is on {x.device}: move it to a CUDA device")
 
 
-@torch.library.custom_op("megafp4::line_statistic", mutates_args=())
 def _statistic(x: Tensor, axis: int, max_value: float) -> Tensor:
     """Amax (``max_value`` 0) or scale; axis -1 is the whole tensor."""
     out = _fake_statistic(x, axis, max_value)
@@ -247,10 +266,31 @@ def _finish(partial: Tensor, out: Tensor, common: dict[str, float]) -> None:
     )
 
 
-@_statistic.register_fake
+def _scale_of(largest: Tensor, max_value: float) -> Tensor:
+    out = _fake_scale_of(largest, max_value)
+    check_device(largest)
+    bits = largest.view(torch.int32).view(1, 1)
+    _finish(bits, out, {"max_value": max_value, "min_scale": MIN_SCALE, "SCALE": True})
+    return out
+
+
+def _fake_scale_of(largest: Tensor, max_value: float) -> Tensor:
+    if largest.dtype != torch.float32 or largest.shape != (1,):
+        raise ValueError(
+            f"the largest magnitude is {largest.dtype} {list(largest.shape)}: give float32 [1]"
+        )
+    return torch.empty_like(largest)
+
+
 def _fake_statistic(x: Tensor, axis: int, max_value: float) -> Tensor:
     check_matrix(x)
     if axis not in (-1, 0, 1):
         raise ValueError(f"axis is {axis}: choose 0, 1 or None")
     lines = 1 if axis == -1 else x.shape[1 - axis]
     return x.new_empty(lines, dtype=torch.float32)
+
+
+define(
+    "line_statistic", "(Tensor x, int axis, float max_value) -> Tensor", _statistic, _fake_statistic
+)
+define("scale_of", "(Tensor largest, float max_value) -> Tensor", _scale_of, _fake_scale_of)

@@ -18,8 +18,11 @@ from megafp4_kernels.encode import (
     encode_e2m1,
     encode_integer,
     encode_minifloat,
+    fp8_bytes,
+    ladder,
     store_codes,
 )
+from megafp4_kernels.operators import define
 from megafp4_kernels.philox import dither
 
 DTYPES = {
@@ -38,16 +41,16 @@ _WARPS = 4
 
 
 @triton.jit
-def _encode(value, noise, FORMAT: tl.constexpr, ROUNDING: tl.constexpr, HARDWARE: tl.constexpr):
+def encode(value, noise, FORMAT: tl.constexpr, ROUNDING: tl.constexpr, HARDWARE: tl.constexpr):
     """FP32 values in units of the scale -> the bytes of their codes, as uint8."""
     value = tl.where(value == value, value, 0.0)
-    if FORMAT == "fp8-e4m3":
-        if HARDWARE:
-            return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    if HARDWARE and FORMAT == "fp4-vector":
+        return fp8_bytes(ladder(value), "fp8-e4m3")
+    elif HARDWARE:
+        return fp8_bytes(value, FORMAT)
+    elif FORMAT == "fp8-e4m3":
         return encode_minifloat(value, noise, 4, 3, -6, 0x7E, ROUNDING).to(tl.uint8)
     elif FORMAT == "fp8-e5m2":
-        if HARDWARE:
-            return value.to(tl.float8e5).to(tl.uint8, bitcast=True)
         return encode_minifloat(value, noise, 5, 2, -14, 0x7B, ROUNDING).to(tl.uint8)
     elif FORMAT == "int8":
         return encode_integer(value, noise, -128, 127, ROUNDING).to(tl.uint8)
@@ -83,8 +86,10 @@ def _cast_kernel(
 ):
     """One tile of x, read once. SCALE_AXIS: 0 for a scale a row, 1 a column, -1 the tensor."""
     tiles = tl.cdiv(cols, COLS)
-    first_row = (tl.program_id(0) // tiles) * ROWS
-    first_col = (tl.program_id(0) % tiles) * COLS
+    # From the end, which the kernel that found the scale has left in the L2 cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    first_row = (program // tiles) * ROWS
+    first_col = (program % tiles) * COLS
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLS)
     row_mask = first_row + r < rows
@@ -107,14 +112,14 @@ def _cast_kernel(
         # The draw belongs to (line, k), so a tile is turned before it is rounded.
         if ROW:
             noise = dither(position, stream, first_row, first_col, ROWS, COLS, OFFSET)
-            codes = _encode(value, noise, FORMAT, ROUNDING, HARDWARE)
+            codes = encode(value, noise, FORMAT, ROUNDING, HARDWARE)
             store_codes(codes, row_out, first_row, first_col, rows, cols, PACKED, ROWS, COLS)
         else:
             noise = dither(position, stream, first_col, first_row, COLS, ROWS, OFFSET)
-            codes = _encode(tl.trans(value), noise, FORMAT, ROUNDING, HARDWARE)
+            codes = encode(tl.trans(value), noise, FORMAT, ROUNDING, HARDWARE)
             store_codes(codes, col_out, first_col, first_row, cols, rows, PACKED, COLS, ROWS)
     else:
-        codes = _encode(value, value, FORMAT, ROUNDING, HARDWARE)
+        codes = encode(value, value, FORMAT, ROUNDING, HARDWARE)
         if ROW:
             store_codes(codes, row_out, first_row, first_col, rows, cols, PACKED, ROWS, COLS)
         if COL:
@@ -163,13 +168,12 @@ def cast(
         ValueError: Arguments are not as above or do not fit together.
     """
     axis = -1 if scale_axis is None else scale_axis
-    outputs = _cast(
+    outputs = torch.ops.megafp4.cast(
         x, fmt, scale, row, col, rounding, float(prescale), position, stream, offset, axis, packed
     )
     return outputs[0] if row else None, outputs[-1] if col else None
 
 
-@torch.library.custom_op("megafp4::cast", mutates_args=())
 def _cast(
     x: Tensor,
     fmt: str,
@@ -192,7 +196,6 @@ def _cast(
     rows, cols = x.shape
     if x.numel() == 0:
         return outputs
-    nearest = rounding == "nearest-even" and fmt.startswith("fp8")
     grid = (triton.cdiv(rows, _TILE[0]) * triton.cdiv(cols, _TILE[1]),)
     _cast_kernel[grid](
         x,
@@ -209,7 +212,7 @@ def _cast(
         ROUNDING=rounding,
         OFFSET=offset,
         PRESCALE=prescale != 1.0,
-        HARDWARE=nearest and has_fp8_conversions(x.device),
+        HARDWARE=not packed and has_instructions(fmt, rounding, x.device),
         ROW=row,
         COL=col,
         ROWS=_TILE[0],
@@ -226,7 +229,12 @@ def has_fp8_conversions(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-@_cast.register_fake
+def has_instructions(fmt: str, rounding: str, device: torch.device) -> bool:
+    """Whether :func:`encode` may use FP8 conversion instructions for a format and a rounding."""
+    fits = rounding == ("nearest-up" if fmt == "fp4-vector" else "nearest-even")
+    return fits and DTYPES[fmt] != torch.int8 and has_fp8_conversions(device)
+
+
 def _fake_cast(
     x: Tensor,
     fmt: str,
@@ -285,3 +293,12 @@ def check_rounding(x: Tensor, rounding: str, position: Tensor | None, offset: st
             f"position is {position.dtype} {list(position.shape)} on {position.device}: give int64 "
             f"[3] on {x.device}"
         )
+
+
+define(
+    "cast",
+    "(Tensor x, str fmt, Tensor scale, bool row, bool col, str rounding, float prescale, "
+    "Tensor? position, int stream, str offset, int axis, bool packed) -> Tensor[]",
+    _cast,
+    _fake_cast,
+)

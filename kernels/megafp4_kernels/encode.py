@@ -74,6 +74,32 @@ def encode_minifloat(
 
 
 @triton.jit
+def fp8_bytes(value, FORMAT: tl.constexpr):
+    """FP32 values that are not NaN -> FP8 bytes, nearest-even, saturating: uint8, on sm_89 and up.
+
+    Four at a time and as one word, because ptxas 12.8 loses bytes of a conversion of two values
+    (Triton's own) that is stored by itself and also becomes half of a word: when it merges the two
+    conversions of that word it leaves the 16-bit result undefined.
+
+    Args:
+        value: FP32.
+        FORMAT: ``fp8-e4m3`` or ``fp8-e5m2``.
+    """
+    CONVERT: tl.constexpr = "e4m3x2" if FORMAT == "fp8-e4m3" else "e5m2x2"
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high;"
+        "cvt.rn.satfinite." + CONVERT + ".f32 low, $2, $1;"
+        "cvt.rn.satfinite." + CONVERT + ".f32 high, $4, $3;"
+        "mov.b32 $0, {low, high}; }",
+        "=r,r,r,r,r",
+        [value],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
 def encode_e2m1(value, noise, ROUNDING: tl.constexpr):
     """Encode FP32 values that are not NaN as E2M1: int32 codes from 0 to 15."""
     return encode_minifloat(value, noise, 2, 1, 0, 7, ROUNDING)
@@ -86,6 +112,28 @@ def e2m1_as_e4m3(code):
     # From 1 on, E2M1's bits are E4M3's with a smaller bias; 0.5 is normal in E4M3 alone.
     byte = tl.where(magnitude > 1, 0x30 + (magnitude << 2), magnitude * 0x30)
     return byte | ((code & 8) << 4)
+
+
+@triton.jit
+def ladder(value):
+    """FP32 values that are not NaN -> their E2M1 values, ties up, saturating: FP32."""
+    bits = value.to(tl.int32, bitcast=True)
+    # One less for negative values: ties then fall below the threshold, which is toward zero.
+    magnitude = (bits & 0x7FFFFFFF) - ((bits >> 31) & 1)
+    # From 1 on there is one mantissa bit; half of its step is added, then the rest cut off.
+    coarse = ((magnitude + 0x200000) & -0x400000).to(tl.float32, bitcast=True)
+    coarse = tl.minimum(tl.maximum(coarse, 1.0), 6.0)
+    fine = tl.where(magnitude >= 0x3E800000, 0.5, 0.0)  # below 0.75, from 0.25 on
+    rounded = tl.where(magnitude >= 0x3F400000, coarse, fine)
+    sign = bits & -0x80000000
+    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """E4M3 bytes that are not NaN, as int32 -> FP32 values."""
+    bits = ((byte & 0x7F) << 20) | ((byte & 0x80) << 24)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
 
 
 @triton.jit

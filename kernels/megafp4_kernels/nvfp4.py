@@ -19,6 +19,7 @@ from torch import Tensor
 from megafp4_kernels.amax import check_device, check_matrix, magnitude_bits, reduce_tensor
 from megafp4_kernels.casts import check_rounding
 from megafp4_kernels.encode import encode_e2m1, encode_minifloat, store_codes
+from megafp4_kernels.operators import define
 from megafp4_kernels.philox import dither, sign_words
 
 BLOCK = 16
@@ -265,14 +266,13 @@ def quantize_nvfp4(
         ValueError: Arguments are not as above; K (or, for tiles, the number of lines) is not a
             multiple of 16.
     """
-    packed, scales, tensor_scale, decoded = _quantize(
+    packed, scales, tensor_scale, decoded = torch.ops.megafp4.quantize_nvfp4(
         x, axis, tile, rounding, float(prescale), position, stream, offset, hadamard, sign_stream,
         sign_step, codes, values,
     )  # fmt: skip
     return NVFP4(packed if codes else None, scales, tensor_scale, decoded if values else None)
 
 
-@torch.library.custom_op("megafp4::quantize_nvfp4", mutates_args=())
 def _quantize(
     x: Tensor,
     axis: int,
@@ -323,7 +323,6 @@ def _quantize(
     return outputs
 
 
-@_quantize.register_fake
 def _fake_quantize(
     x: Tensor,
     axis: int,
@@ -360,3 +359,13 @@ def _fake_quantize(
         x.new_empty(1, dtype=torch.float32),
         x.new_empty((lines, length) if values else (0,), dtype=torch.bfloat16),
     )
+
+
+define(
+    "quantize_nvfp4",
+    "(Tensor x, int axis, bool tile, str rounding, float prescale, Tensor? position, int stream, "
+    "str offset, int hadamard, int sign_stream, int sign_step, bool codes, bool values) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _quantize,
+    _fake_quantize,
+)

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from megafp4_kernels.amax import check_device, check_matrix, scale_from_amax
-from megafp4_kernels.casts import has_fp8_conversions
-from megafp4_kernels.encode import encode_minifloat
+from megafp4_kernels.encode import decode_e4m3, encode_minifloat, ladder
+from megafp4_kernels.operators import define
+from megafp4_kernels.pairs import clamp_pair, extremes, fold_pair
 from megafp4_kernels.select import at_most, float_of, search
 
 MODES = ("signed", "magnitude")
@@ -28,8 +29,9 @@ MAX_FEATURES = 65536
 """Longest token that the registers of a program hold."""
 
 _PACKED_FEATURES = 32768  # counts in both halves of a word must stay below 2^15
-_PROGRAMS = 2112  # 16 for each of an H100's SMs
-_FEATURES_PER_WARP = 1024
+# Features of a warp: of pairs, and number by number, which takes more registers.
+_PAIRED, _SINGLE = 4096, 1024
+_WARPS = 16 * 132  # as many as an H100's SMs hold at once
 
 
 class Clamped(NamedTuple):
@@ -50,74 +52,55 @@ class Clamped(NamedTuple):
 
 
 @triton.jit
-def _ladder(value):
-    """FP32 values that are not NaN -> their E2M1 values, ties up, saturating, still in FP32."""
-    bits = value.to(tl.int32, bitcast=True)
-    # One less for negative values: ties then fall below the threshold, which is toward zero.
-    magnitude = (bits & 0x7FFFFFFF) - ((bits >> 31) & 1)
-    # From 1 on there is one mantissa bit; half of its step is added, then the rest cut off.
-    coarse = ((magnitude + 0x200000) & -0x400000).to(tl.float32, bitcast=True)
-    coarse = tl.minimum(tl.maximum(coarse, 1.0), 6.0)
-    fine = tl.where(magnitude >= 0x3E800000, 0.5, 0.0)  # below 0.75, from 0.25 on
-    rounded = tl.where(magnitude >= 0x3F400000, coarse, fine)
-    sign = bits & -0x80000000
-    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _e4m3(value):
     """FP32 values that are not NaN -> E4M3 bytes as int32, nearest-even, saturating."""
     return encode_minifloat(value, value, 4, 3, -6, 0x7E, "nearest-even")
 
 
 @triton.jit
-def decode_e4m3(byte):
-    """E4M3 bytes that are not NaN, as int32 -> FP32 values."""
-    bits = ((byte & 0x7F) << 20) | ((byte & 0x80) << 24)
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-
-
-@triton.jit
-def _finish(x, low, high, reciprocal, scale, RESIDUAL: tl.constexpr):
+def _round(x, low, high, reciprocal, RESIDUAL: tl.constexpr):
     """Round features of one token.
 
     Returns:
-        (values in units of the scale, outliers not yet rounded to E4M3; FP32 residual; largest
-        magnitude, of the value or, if nothing is added to it, in units of the scale; number of
-        saturated outliers).
+        (values in units of the scale, outliers not yet rounded to E4M3; FP32 residual).
     """
-    saturated = tl.full((), 0, tl.int32)
     if RESIDUAL == "folded":
         scaled = x * reciprocal
-        outlier = (x < low) | (x > high)
-        value = tl.where(outlier, scaled, _ladder(scaled))
-        saturated = tl.sum((outlier & (tl.abs(scaled) > 448.0)).to(tl.int32), axis=0)
-        rest = x
+        value = tl.where((x < low) | (x > high), scaled, ladder(scaled))
+        rest = tl.zeros_like(x)
     else:
         clamped = tl.where(x < low, low, tl.where(x > high, high, x))
-        value = _ladder(clamped * reciprocal)
+        value = ladder(clamped * reciprocal)
         rest = x - clamped
-    if RESIDUAL == "exact":
-        peak = tl.max(tl.abs(value * scale + rest), axis=0)
-    else:
-        peak = tl.max(tl.abs(value), axis=0)
-    return value, rest, peak, saturated
+    return value, rest
 
 
 @triton.jit
-def _pair(even, odd, HARDWARE: tl.constexpr):
-    """Two FP32 values -> their E4M3 bytes, the first one low, as int16."""
-    if HARDWARE:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;",
-            "=h,r,r",
-            [even, odd],
-            dtype=tl.int16,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return (_e4m3(even) | (_e4m3(odd) << 8)).to(tl.int16)
+def _size(value, rest, scale, RESIDUAL: tl.constexpr):
+    """Magnitude of what is multiplied: itself if the residual is exact, else in scales."""
+    return tl.abs(value * scale + rest) if RESIDUAL == "exact" else tl.abs(value)
+
+
+@triton.jit
+def _saturated(x, words, low, high, scale, PAIRS: tl.constexpr, WORDS: tl.constexpr):
+    """How many outliers of the token at x saturate: int32. Reads it again, which is rare."""
+    TILE: tl.constexpr = 256 if WORDS > 256 else WORDS
+    reciprocal = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+    over = tl.zeros((TILE,), tl.int32)
+    for first in range(0, WORDS, TILE):
+        column = first + tl.arange(0, TILE)
+        word = tl.load(x + column, mask=column < words, other=0)
+        if PAIRS:
+            for half in tl.static_range(2):
+                bits = word << 16 if half == 0 else word & -65536
+                value = bits.to(tl.float32, bitcast=True)
+                outlier = (value < low) | (value > high)
+                over += (outlier & (tl.abs(value * reciprocal) > 448.0)).to(tl.int32)
+        else:
+            value = word.to(tl.float32, bitcast=True)
+            outlier = (value < low) | (value > high)
+            over += (outlier & (tl.abs(value * reciprocal) > 448.0)).to(tl.int32)
+    return tl.sum(over, axis=0)
 
 
 @triton.jit
@@ -140,35 +123,76 @@ def _write(
     mask,
     RESIDUAL: tl.constexpr,
     PAIRS: tl.constexpr,
-    HARDWARE: tl.constexpr,
 ):
-    """Encode and store the words of one token; those outside the mask are 0.
+    """Encode and store the words of one token, number by number; those outside the mask are 0.
 
     Returns:
-        (largest magnitude of the token's value, number of saturated outliers).
+        Largest magnitude, see :func:`_size`.
     """
     reciprocal = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
     if PAIRS:
         even = (word << 16).to(tl.float32, bitcast=True)
         odd = (word & -65536).to(tl.float32, bitcast=True)
-        even, rest_even, peak, over = _finish(even, low, high, reciprocal, scale, RESIDUAL)
-        odd, rest_odd, other, more = _finish(odd, low, high, reciprocal, scale, RESIDUAL)
-        peak = tl.maximum(peak, other)
-        over += more
-        tl.store(data + offsets, _pair(even, odd, HARDWARE), mask=mask)
+        even, rest_even = _round(even, low, high, reciprocal, RESIDUAL)
+        odd, rest_odd = _round(odd, low, high, reciprocal, RESIDUAL)
+        sizes = tl.maximum(
+            _size(even, rest_even, scale, RESIDUAL), _size(odd, rest_odd, scale, RESIDUAL)
+        )
+        tl.store(data + offsets, (_e4m3(even) | (_e4m3(odd) << 8)).to(tl.int16), mask=mask)
         if RESIDUAL == "exact":
             rest = _bf16_bits(rest_even) | (_bf16_bits(rest_odd) << 16)
             tl.store(residual + offsets, tl.where(usable, rest, 0x7FC07FC0), mask=mask)
     else:
-        value = word.to(tl.float32, bitcast=True)
-        value, rest, peak, over = _finish(value, low, high, reciprocal, scale, RESIDUAL)
+        value, rest = _round(word.to(tl.float32, bitcast=True), low, high, reciprocal, RESIDUAL)
+        sizes = _size(value, rest, scale, RESIDUAL)
         tl.store(data + offsets, _e4m3(value).to(tl.uint8), mask=mask)
         if RESIDUAL == "exact":
             half = tl.where(usable, _bf16_bits(rest), 0x7FC0).to(tl.int16)
             tl.store(residual + offsets, half, mask=mask)
-    if RESIDUAL != "exact":
-        peak = decode_e4m3(_e4m3(peak)) * scale
-    return peak, over
+    return tl.max(sizes, axis=0)
+
+
+@triton.jit
+def _write_pairs(
+    word,
+    above,
+    below,
+    low,
+    high,
+    scale,
+    usable,
+    data,
+    residual,
+    offsets,
+    mask,
+    RESIDUAL: tl.constexpr,
+):
+    """Do as :func:`_write`, two BF16 numbers at a time.
+
+    The larger a feature is, the larger is what is multiplied: only the outermost features, whose
+    bits ``above`` and ``below`` are, and the limits can be the largest.
+    """
+    reciprocal = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+    first = low.to(tl.int32, bitcast=True)  # of BF16 precision, hence only the upper half
+    last = high.to(tl.int32, bitcast=True)
+    first = first | ((first >> 16) & 0xFFFF)
+    last = last | ((last >> 16) & 0xFFFF)
+    if RESIDUAL == "folded":
+        tl.store(data + offsets, fold_pair(word, first, last, reciprocal), mask=mask)
+    else:
+        codes, rest = clamp_pair(word, first, last, reciprocal)
+        tl.store(data + offsets, codes, mask=mask)
+        if RESIDUAL == "exact":
+            tl.store(residual + offsets, tl.where(usable, rest, 0x7FC07FC0), mask=mask)
+    peak = tl.full((), 0.0, tl.float32)
+    for bits in tl.static_range(2):
+        feature = ((above if bits == 0 else below) << 16).to(tl.float32, bitcast=True)
+        limit = high if bits == 0 else low
+        value, rest = _round(feature, low, high, reciprocal, RESIDUAL)
+        peak = tl.maximum(peak, _size(value, rest, scale, RESIDUAL))
+        value, rest = _round(limit, low, high, reciprocal, RESIDUAL)
+        peak = tl.maximum(peak, _size(value, rest, scale, RESIDUAL))
+    return peak
 
 
 @triton.jit
@@ -194,64 +218,63 @@ def _occ_kernel(
 ):
     """Several tokens; a word is an FP32 number or two BF16 ones. See :class:`Clamped`."""
     KEY_SHIFT: tl.constexpr = 0 if PAIRS else 16
+    KEY: tl.constexpr = tl.int32 if PAIRS else tl.int64  # probes may lie beyond the keys of FP32
     INFINITY: tl.constexpr = 0x7F80 if PAIRS else 0x7F800000
     ABSOLUTE: tl.constexpr = 0x7FFF7FFF if PAIRS else 0x7FFFFFFF
     PADDING: tl.constexpr = 0x7F807F80 if PAIRS else 0x7F800000  # infinities come last in any order
     column = tl.arange(0, WORDS)
-    guess_high = tl.full((), 0x3F80 << KEY_SHIFT, tl.int64)  # 1.0
+    guess_high = tl.full((), 0x3F80 << KEY_SHIFT, KEY)  # 1.0
     guess_low = -guess_high
-    stride = tl.full((), 64 << KEY_SHIFT, tl.int64)
+    stride = tl.full((), 64 << KEY_SHIFT, KEY)
     for step in range(STEPS):
         token = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         mask = (column < words) & (token < tokens)
         word = tl.load(x + token * words + column, mask=mask, other=PADDING)
-        magnitude = word & ABSOLUTE
-        searched = magnitude if MAGNITUDE else word
+        searched = word & ABSOLUTE if MAGNITUDE else word
         low_key, high_key = search(
-            searched,
-            guess_low,
-            guess_high,
-            stride,
-            rank_low,
-            rank_high,
-            INFINITY,
-            MAGNITUDE,
-            PAIRS,
-            FAST,
-        )
+            searched, guess_low, guess_high, stride, rank_low, rank_high,
+            INFINITY, MAGNITUDE, PAIRS, FAST, KEY,
+        )  # fmt: skip
         high = float_of(high_key, PAIRS)
-        low = -high if MAGNITUDE else float_of(low_key, PAIRS)
-        if MAGNITUDE:
-            low += 0.0
-        else:
-            guess_low = low_key
-        guess_high = high_key
-        stride = tl.full((), 4 << KEY_SHIFT, tl.int64)
+        low = 0.0 - high if MAGNITUDE else float_of(low_key, PAIRS)
+        guess_low, guess_high = low_key, high_key
+        stride = tl.full((), 4 << KEY_SHIFT, KEY)
 
-        # Infinite padding counts as finite here: it is not the token's.
         LAST: tl.constexpr = INFINITY - 1 if RESIDUAL == "folded" else INFINITY
-        sound = tl.where(mask, magnitude, 0)
-        every: tl.constexpr = WORDS * 2 if PAIRS else WORDS
-        whole = at_most(sound, tl.full((), LAST, tl.int32), PAIRS, FAST) == every
+        word = tl.where(mask, word, 0)  # infinite padding is not the token's
+        if PAIRS and HARDWARE:
+            above, below = extremes(word)
+            whole = ((above & 0x7FFF) <= LAST) & ((below & 0x7FFF) <= LAST)
+        else:
+            sound = at_most(word & ABSOLUTE, tl.full((), LAST, tl.int32), PAIRS, False)
+            whole = sound == (WORDS * 2 if PAIRS else WORDS)
         scale = scale_from_amax(tl.maximum(tl.abs(low), tl.abs(high)), 6.0, 1.1754943508222875e-38)
-        nan = float("nan")
-        scale = tl.where(whole, scale, nan)
-        low = tl.where(whole, low, nan)
-        high = tl.where(whole, high, nan)
+        nan = tl.where(whole, 0.0, float("nan"))
+        scale, low, high = scale + nan, low + nan, high + nan
         usable = scale < float("inf")
-        word = tl.where(usable, tl.where(mask, word, 0), 0)
+        word = tl.where(usable, word, 0)
         base = token * words + column
         safe = tl.where(usable, scale, 1.0)
-        peak, over = _write(
-            word, low, high, safe, usable, data, residual, base, mask, RESIDUAL, PAIRS, HARDWARE
-        )
+        if PAIRS and HARDWARE:
+            peak = _write_pairs(
+                word, above, below, low, high, safe, usable, data, residual, base, mask, RESIDUAL
+            )
+        else:
+            peak = _write(
+                word, low, high, safe, usable, data, residual, base, mask, RESIDUAL, PAIRS
+            )
+        largest = peak
+        if RESIDUAL != "exact":
+            peak = decode_e4m3(_e4m3(peak)) * safe
         inside = token < tokens
         tl.store(scales + token, scale, mask=inside)
         tl.store(limits + token, low, mask=inside)
         tl.store(limits + tokens + token, high, mask=inside)
-        tl.store(peaks + token, tl.where(usable, peak, nan), mask=inside)
-        if RESIDUAL == "folded":
-            tl.atomic_add(saturated, over, mask=inside & (over > 0))
+        tl.store(peaks + token, tl.where(usable, peak, float("nan")), mask=inside)
+        if RESIDUAL == "folded":  # noqa: SIM102  else the rest would be compiled as well
+            if inside & usable & (largest > 448.0):
+                over = _saturated(x + token * words, words, low, high, safe, PAIRS, WORDS)
+                tl.atomic_add(saturated, over)
 
 
 def occ(x: Tensor, alpha: float, *, mode: str = "signed", residual: str = "exact") -> Clamped:
@@ -271,12 +294,11 @@ def occ(x: Tensor, alpha: float, *, mode: str = "signed", residual: str = "exact
     Raises:
         ValueError: Arguments are not as above.
     """
-    data, scale, limits, peak, rest, saturated = _occ(x, alpha, mode, residual)
+    data, scale, limits, peak, rest, saturated = torch.ops.megafp4.occ(x, alpha, mode, residual)
     return Clamped(data, scale, limits, peak, rest if residual == "exact" else None, saturated)
 
 
-@torch.library.custom_op("megafp4::occ", mutates_args=())
-def _occ(x: Tensor, alpha: float, mode: str, residual: str) -> list[Tensor]:
+def _occ(x: Tensor, alpha: float, mode: str, residual: str) -> tuple[Tensor, ...]:
     outputs = _fake_occ(x, alpha, mode, residual)
     check_device(x)
     data, scale, limits, peak, rest, saturated = outputs
@@ -291,8 +313,10 @@ def _occ(x: Tensor, alpha: float, mode: str, residual: str) -> list[Tensor]:
     tile = triton.next_power_of_2(max(features, 64))
     rank_low = int((1.0 - alpha) * features)
     share = alpha if mode == "signed" else 2.0 * alpha - 1.0
-    programs = min(tokens, _PROGRAMS)
-    hardware = has_fp8_conversions(x.device)
+    hardware = _has_pairs(x.device)
+    warps = min(32, max(1, tile // (_PAIRED if pairs and hardware else _SINGLE)))
+    steps = triton.cdiv(tokens, max(1, _WARPS // warps))
+    programs = triton.cdiv(tokens, steps)
     _occ_kernel[(programs,)](
         x.view(torch.int32),
         data.view(torch.int16 if pairs else torch.uint8),
@@ -310,16 +334,22 @@ def _occ(x: Tensor, alpha: float, mode: str, residual: str) -> list[Tensor]:
         PAIRS=pairs,
         FAST=hardware and tile <= _PACKED_FEATURES,
         HARDWARE=hardware,
-        STEPS=triton.cdiv(tokens, programs),
+        STEPS=steps,
         WORDS=tile // per_word,
-        num_warps=min(32, max(1, tile // _FEATURES_PER_WARP)),
+        num_warps=warps,
         enable_fp_fusion=False,  # every product and sum is rounded, as in the specification
     )
     return outputs
 
 
-@_occ.register_fake
-def _fake_occ(x: Tensor, alpha: float, mode: str, residual: str) -> list[Tensor]:
+def _has_pairs(device: torch.device) -> bool:
+    """Whether kernels may use instructions for two BF16 numbers: sm_90 and later, compiled."""
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _fake_occ(x: Tensor, alpha: float, mode: str, residual: str) -> tuple[Tensor, ...]:
     check_matrix(x)
     tokens, features = x.shape
     if not 0.5 < alpha < 1.0 or mode not in MODES or residual not in RESIDUALS:
@@ -336,4 +366,13 @@ def _fake_occ(x: Tensor, alpha: float, mode: str, residual: str) -> list[Tensor]
     rest = x.new_empty(x.shape if residual == "exact" else (0,), dtype=torch.bfloat16)
     data = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
     count = x.new_empty(1, dtype=torch.int32)
-    return [data, *lines, x.new_empty(tokens, dtype=torch.float32), rest, count]
+    return data, *lines, x.new_empty(tokens, dtype=torch.float32), rest, count
+
+
+define(
+    "occ",
+    "(Tensor x, float alpha, str mode, str residual) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _occ,
+    _fake_occ,
+)

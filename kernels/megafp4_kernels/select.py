@@ -51,7 +51,7 @@ def _narrow(count, rank, probe, low, high, stride, seen):
     on either side (``seen`` is then 3); from there on the interval is halved.
 
     Returns:
-        (probe, low, high, stride, seen), all int64 scalars.
+        (probe, low, high, stride, seen): scalars, all but ``seen`` of the type of the keys.
     """
     found = count > rank
     low = tl.where(found, low, probe)
@@ -74,11 +74,12 @@ def search(
     MAGNITUDE: tl.constexpr,
     PAIRS: tl.constexpr,
     FAST: tl.constexpr,
+    KEY: tl.constexpr,
 ):
     """Keys of two order statistics, both searched at once; for magnitudes of the second alone."""
-    bottom = tl.full((), -INFINITY - 2, tl.int64)
-    top = tl.full((), INFINITY, tl.int64)
-    none = tl.full((), 0, tl.int64)
+    bottom = tl.full((), -INFINITY - 2, KEY)
+    top = tl.full((), INFINITY, KEY)
+    none = tl.full((), 0, tl.int32)
     low_a, high_a, stride_a, seen_a = bottom, top, stride, none
     low_b, high_b, stride_b, seen_b = bottom, top, stride, none
     if MAGNITUDE:

@@ -207,7 +207,7 @@ def fp4_direct() -> Recipe:
         "2501.17116, ablations",
         fprop=GemmSpec(_LADDER, _LADDER),
         dgrad=GemmSpec(dy, recast),
-        wgrad=GemmSpec(dy, recast),
+        wgrad=GemmSpec(dy, replace(recast, saved_as="operand")),
         notes="Backward as in fp4.",
     )
 

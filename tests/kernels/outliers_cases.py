@@ -12,7 +12,7 @@ from megafp4.numerics import QTensor
 from megafp4_kernels.outliers import Clamped, occ
 from megafp4_kernels.recast import recast
 
-SHAPES = ((5, 100), (3, 96), (7, 128), (2, 1000))
+SHAPES = ((5, 100), (3, 96), (8, 128), (2, 1000))
 
 
 def activations(tokens: int, features: int, dtype: torch.dtype) -> Tensor:
@@ -76,6 +76,11 @@ def check_recast(x: Tensor, found: Clamped, residual: str, alpha: float, mode: s
         assert torch.equal(scale, want.scales.view(1))
         assert torch.equal(row.view(torch.uint8), want.codes)
         assert torch.equal(col.view(torch.uint8), want.codes.t())
+        none, alone, scale = recast(found.data, found.scale, peak=peak, col=True, **extra)
+        assert none is None
+        assert alone is not None
+        assert torch.equal(scale, want.scales.view(1))
+        assert torch.equal(alone.view(torch.uint8), want.codes.t())
 
 
 def check_all(device: str) -> None:
@@ -91,7 +96,10 @@ def check_all(device: str) -> None:
 
 
 def check_saturation(device: str) -> None:
-    """A folded outlier beyond 448 scales saturates and is counted; infinity makes NaN."""
+    """A folded outlier beyond 448 scales saturates and is counted; infinity makes NaN.
+
+    A token that is not finite makes every code of the recast operand 0, as the specification does.
+    """
     x = torch.linspace(-1, 1, 128, device=device).bfloat16().repeat(4, 1)
     x[1, 5], x[1, 90], x[2, 7] = 300.0, -200.0, torch.inf
     x[3, 3] = torch.nan
@@ -102,6 +110,11 @@ def check_saturation(device: str) -> None:
         assert found.scale.isnan().tolist() == [False, False, True, True]
         assert found.peak.isnan().tolist() == [False, False, True, True]
         assert (found.data[2:].view(torch.uint8) == 0).all()
+        for row in (False, True):  # with and without the rows: different kernels
+            _, col, scale = recast(found.data, found.scale, peak=found.peak, row=row)
+            assert scale.isnan().all()
+            assert col is not None
+            assert (col.view(torch.uint8) == 0).all()
         exact = occ(x.to(dtype), 0.95)
         assert exact.scale.isnan().tolist() == [False, False, False, True]
         assert exact.residual is not None
