@@ -165,6 +165,8 @@ class OptimConfig:
     """Step at which ``min_lr`` is reached; None means the last step."""
     wsd_decay_fraction: float = 0.2
     """Share of the steps spent decaying under ``wsd``."""
+    states: Literal["fp32", "bf16-sr", "fp8lm", "coat"] = "fp32"
+    """How matrices and their moments are kept between steps; see docs/optimizer.md."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr < math.inf or self.lr == 0:

@@ -28,7 +28,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, score: Score) -> Tenso
 
     Args:
         x: [T, H], FP32 or BF16.
-        weight: FP32 [V, H]; multiplied in the type of ``x``.
+        weight: FP32 or BF16 [V, H]; multiplied in the type of ``x``.
         targets: int64 [T]; -1 is ignored. The mean of no targets is NaN.
         score: :func:`score_chunk`, perhaps compiled.
 
@@ -92,7 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         used = weight.to(x.dtype)
         share = (targets != IGNORED_TARGET).sum().float().reciprocal()
         dx = torch.empty_like(x) if grad and ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if grad and ctx.needs_input_grad[1] else None
+        wants_dw = grad and ctx.needs_input_grad[1]
+        dw = torch.zeros_like(weight, dtype=torch.float32) if wants_dw else None
         losses = []
         for rows in _chunks(x.shape[0], weight.shape[0]):
             loss, slope = score(x[rows] @ used.t(), targets[rows], share)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.philox import Key
 from megafp4.numerics.rounding import Rounding
-from megafp4.optim.adamw import AdamHyper, update_moments
+from megafp4.optim.adamw import AdamHyper
 
 DITHER_BITS = 32
 """A late update is 1e-4 of a grid step or less: 8 random bits would never let it through."""
@@ -51,7 +51,8 @@ def dqt_step(
     Raises:
         DivergenceError: The new weight is not finite.
     """
-    update_moments(grad, m, v, hyper.betas)
+    m.lerp_(grad, 1 - hyper.betas[0])
+    v.mul_(hyper.betas[1]).addcmul_(grad, grad, value=1 - hyper.betas[1])
     correction1 = 1 - hyper.betas[0] ** (step + 1)
     correction2 = 1 - hyper.betas[1] ** (step + 1)
     weight = grid.decode()

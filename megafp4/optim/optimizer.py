@@ -1,13 +1,14 @@
 """One optimizer for both kinds of parameter: dense ones and those that live on a grid.
 
-* A dense parameter (embedding, norm, bias, head, and every linear outside the DQT recipes) is its
-  own FP32 master and takes an AdamW step.
-  On a GPU all of them move in one pass over memory (:func:`~megafp4.optim.adamw.fused_adamw_step`).
+* A dense parameter (embedding, norm, bias, head, and every linear outside the DQT recipes) takes an
+  AdamW step. How it and its moments are kept is up to a codec of :mod:`megafp4.optim.states`; what
+  has fewer than two dims (biases, norm gains) keeps FP32. On a GPU all parameters of a codec move
+  in one launch and one pass over memory.
 * A parameter with a ``.grid`` owns no memory; its :class:`~megafp4.numerics.grid.GridWeight` takes
-  a Direct Quantized Training step.
+  a Direct Quantized Training step and keeps FP32 moments.
 
-Both keep two FP32 moments. Weight decay applies to tensors of two or more dims (matrices and
-embeddings) and never to biases and norm gains.
+Weight decay applies to tensors of two or more dims (matrices and embeddings) and never to biases
+and norm gains.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from megafp4.config import OptimConfig
 from megafp4.errors import CheckpointError, ConfigError, DivergenceError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.philox import Key
-from megafp4.optim.adamw import AdamHyper, adamw_step, fused_adamw_step
+from megafp4.optim.adamw import AdamHyper, StepNumbers
 from megafp4.optim.dqt import dqt_step
+from megafp4.optim.fused import Dense, FusedSteps
+from megafp4.optim.states import CODECS, State, StateCodec, codec_step
 
 
 class Optimizer:
     """AdamW for dense parameters, Direct Quantized Training for grid parameters.
 
     The learning rate and the step index are arguments of :meth:`step`, not state: the only state is
-    the moments, so a resumed run cannot disagree with its schedule.
+    what the codecs keep, so a resumed run cannot disagree with its schedule.
     """
 
     def __init__(
@@ -40,23 +43,45 @@ class Optimizer:
         seed: int,
         *,
         fused: bool = False,
+        weight_amax: bool = False,
     ) -> None:
-        """Allocate the moments; use :func:`build_optimizer`, which checks the parameters.
+        """Allocate the state; use :func:`build_optimizer`, which checks the parameters.
 
         Args:
-            params: Parameters by name.
-            config: Adam's constants.
-            seed: Seed of the stochastic rounding of grid parameters.
-            fused: Move the dense parameters, which lie on one device, in one kernel.
+            params: Parameters by name; those whose codec keeps BF16 weights become BF16.
+            config: Adam's constants, and how state is kept.
+            seed: Seed of the stochastic rounding.
+            fused: Move the dense parameters, which lie on one device, by kernels if it is a GPU.
+            weight_amax: Keep :attr:`weight_amax`.
         """
         self.fused = fused
         self.params = dict(params)
         self.config = config
         self.seed = seed
-        self.exp_avg = {name: _moment(param) for name, param in self.params.items()}
-        self.exp_avg_sq = {name: _moment(param) for name, param in self.params.items()}
+        self.states: dict[str, State] = {}
+        """What is kept of each parameter beside its weight, by kind."""
         self.grid_statistics: dict[str, StoreStatistics] = {}
         """Flips and saturation of each grid parameter in the last step."""
+        self.weight_amax: dict[str, Tensor] = {}
+        """Largest magnitude of each dense parameter after the last step that moved it, as the model
+        reads it: FP32 [1] on its device, always at the same address."""
+        self._dense: dict[str, Dense] = {}
+        for index, (name, param) in enumerate(self.params.items()):
+            codec = codec_of(param, config)
+            self.states[name] = state = codec.adopt(param)
+            if grid_of(param) is None:
+                key = Key(seed, 0, index, "update", "a")
+                self._dense[name] = Dense(param, codec, state, key, len(self._dense))
+        self._fused_steps = FusedSteps(self._measure() if weight_amax and self._dense else None)
+
+    def _measure(self) -> Tensor:
+        """Allocate and fill :attr:`weight_amax`, which are parts of the tensor returned."""
+        device = next(iter(self._dense.values())).param.device
+        amax = torch.zeros(len(self._dense), device=device)
+        for name, dense in self._dense.items():
+            self.weight_amax[name] = amax[dense.index : dense.index + 1]
+            self.weight_amax[name].copy_(_amax(dense.param))
+        return amax
 
     @property
     def can_run_ahead(self) -> bool:
@@ -77,8 +102,7 @@ class Optimizer:
                 the random bits of the stochastic rounding.
             lr: Learning rate.
             grad_scale: Multiplies every gradient: the clipping factor of :func:`clip_grad_norm`.
-                A tensor (FP64, 0-dim, on the device) needs :attr:`can_run_ahead`; what the
-                gradients hold afterwards is not specified.
+                A tensor (FP64, 0-dim, on the device) needs :attr:`can_run_ahead`.
             skip: FP32, 0-dim, on the device, together with a tensor ``grad_scale``: where it is 1
                 nothing moves.
 
@@ -88,55 +112,60 @@ class Optimizer:
                 not looked at: whoever passes one sets ``skip``.
         """
         if isinstance(grad_scale, Tensor):
-            self._fused_step(step, lr, grad_scale.float().view(1), skip)
+            flag = None if skip is None else skip.view(1)
+            self._dense_step(step, lr, grad_scale.float().view(1), flag)
             return
         if not math.isfinite(grad_scale):
             raise DivergenceError(
                 f"the gradients of step {step} hold NaN or Inf: lower the learning rate or go on "
                 "from an earlier checkpoint"
             )
+        scale = None
+        if grad_scale != 1.0 and self._dense:
+            device = next(iter(self._dense.values())).param.device
+            scale = torch.full((1,), grad_scale, device=device)
+        self._dense_step(step, lr, scale, None)
         self.grid_statistics = {}
-        if self.fused:
-            scale = None
-            if grad_scale != 1.0:
-                device = next(iter(self.params.values())).device
-                scale = torch.full((1,), grad_scale, device=device)
-            self._fused_step(step, lr, scale, None)
         for name, param in self.params.items():
             grid = grid_of(param)
-            if param.grad is None or (grid is None and self.fused):
+            if param.grad is None or grid is None:
                 continue
             grad = param.grad.float()
             if grad_scale != 1.0:
                 grad = grad * grad_scale
-            m, v = self.exp_avg[name], self.exp_avg_sq[name]
-            hyper = AdamHyper(lr, self.config.betas, self.config.eps, self.decay_of(param))
-            if grid is None:
-                adamw_step(param, grad, m, v, hyper, step)
-            else:
-                key = Key(self.seed, step, grid.layer, "update", "b")
-                self.grid_statistics[name] = dqt_step(grid, grad, m, v, hyper, step, key)
-
-    def _fused_step(self, step: int, lr: float, scale: Tensor | None, skip: Tensor | None) -> None:
-        """Move all dense parameters: those that decay in one call, the others in another."""
-        groups: dict[float, list[str]] = {}
-        for name, param in self.params.items():
-            if param.grad is not None and grid_of(param) is None:
-                groups.setdefault(self.decay_of(param), []).append(name)
-        for decay, names in groups.items():
-            params = [self.params[name] for name in names]
-            grads = [param.grad.float() for param in params if param.grad is not None]
-            moments = ([self.exp_avg[n] for n in names], [self.exp_avg_sq[n] for n in names])
-            hyper = AdamHyper(lr, self.config.betas, self.config.eps, decay)
-            fused_adamw_step(
-                params,
-                grads,
-                moments,
-                hyper,
-                step,
-                scale,
-                None if skip is None else skip.view(1),
+            state, key = self.states[name], Key(self.seed, step, grid.layer, "update", "b")
+            self.grid_statistics[name] = dqt_step(
+                grid, grad, state["exp_avg"], state["exp_avg_sq"], self._hyper(param, lr), step, key
             )
+
+    def _dense_step(self, step: int, lr: float, scale: Tensor | None, skip: Tensor | None) -> None:
+        """Move all dense parameters, those of one codec and one weight decay together."""
+        groups: dict[tuple[str, float], list[Dense]] = {}
+        for dense in self._dense.values():
+            if dense.param.grad is not None:
+                group = dense.codec.name, self.decay_of(dense.param)
+                groups.setdefault(group, []).append(dense)
+        for tensors in groups.values():
+            numbers = StepNumbers.of(self._hyper(tensors[0].param, lr), step)
+            if self.fused and tensors[0].param.is_cuda:
+                self._fused_steps.step(tensors, numbers, step, scale, skip)
+            elif skip is None or not skip.item():
+                self._exact_step(tensors, numbers, step, scale)
+
+    def _exact_step(
+        self, tensors: list[Dense], numbers: StepNumbers, step: int, scale: Tensor | None
+    ) -> None:
+        factor = 1.0 if scale is None else scale.view(())
+        for one in tensors:
+            assert one.param.grad is not None
+            key = one.key._replace(step=step)
+            weight = one.param.detach()
+            codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, key)
+            if self._fused_steps.amax is not None:
+                self._fused_steps.amax[one.index] = _amax(weight)
+
+    def _hyper(self, param: Tensor, lr: float) -> AdamHyper:
+        return AdamHyper(lr, self.config.betas, self.config.eps, self.decay_of(param))
 
     def decay_of(self, param: Tensor) -> float:
         """Weight decay of a parameter: the configured one for two or more dims, else 0."""
@@ -148,20 +177,21 @@ class Optimizer:
             param.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments by name: ``exp_avg.<parameter>`` and ``exp_avg_sq.<parameter>``."""
+        """What the codecs keep, as ``<kind>.<parameter>``: ``exp_avg.head.weight`` and so on."""
         return {
             f"{kind}.{name}": tensor
-            for kind, moments in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
-            for name, tensor in moments.items()
+            for name, state in self.states.items()
+            for kind, tensor in state.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy saved moments in.
+        """Copy saved state in, and measure the weights anew, which have been loaded before.
 
         Raises:
-            CheckpointError: The names, shapes or dtypes are not exactly this optimizer's; nothing
-                has been copied then.
+            CheckpointError: The state is of another codec, or the names, shapes or dtypes are not
+                exactly this optimizer's; nothing has been copied then.
         """
+        self._check_codec(state)
         mine = self.state_dict()
         strange = sorted(mine.keys() ^ state.keys())
         if strange:
@@ -180,9 +210,23 @@ class Optimizer:
                 )
         for name, tensor in mine.items():
             tensor.copy_(state[name])
+        for name, amax in self.weight_amax.items():
+            amax.copy_(_amax(self._dense[name].param))
+
+    def _check_codec(self, state: Mapping[str, Tensor]) -> None:
+        for name, dense in self._dense.items():
+            found = {kind: state[key] for kind in _KINDS if (key := f"{kind}.{name}") in state}
+            dtypes = {kind: tensor.dtype for kind, tensor in found.items()}
+            others = [codec.name for codec in CODECS.values() if codec.dtypes == dtypes]
+            if dtypes != dense.codec.dtypes and others:
+                raise CheckpointError(
+                    f"the saved optimizer keeps {name!r} as optim.states {others[0]!r} does and "
+                    f"this one as {dense.codec.name!r}: set optim.states to what the run began "
+                    "with, or start anew from its weights"
+                )
 
     def state_bytes(self) -> int:
-        """Bytes of the moments, measured on their storages."""
+        """Bytes of what the codecs keep, measured on storages; weights are not in it."""
         return storage_bytes(self.state_dict().values())
 
 
@@ -192,18 +236,21 @@ def build_optimizer(
     seed: int,
     *,
     fused: bool = False,
+    weight_amax: bool = False,
 ) -> Optimizer:
     """Build the optimizer of a model.
 
     Args:
         named_params: ``model.named_parameters()``; those that need no gradient are left out.
-        config: Adam's constants.
+        config: Adam's constants, and how state is kept: matrices become BF16 if it asks for that.
         seed: Seed of the run.
-        fused: Move the dense parameters, which must lie on one device, in one kernel.
+        fused: Move the dense parameters, which must lie on one device, by kernels if it is a GPU.
+        weight_amax: Keep :attr:`Optimizer.weight_amax`.
 
     Raises:
-        ConfigError: A dense parameter is not FP32, a name or parameter comes twice, or two grid
-            parameters share the stream id from which their random bits are drawn.
+        ConfigError: A dense parameter is neither FP32 nor what its codec keeps, a name or parameter
+            comes twice, or two grid parameters share the stream id from which their random bits
+            are drawn.
     """
     params: dict[str, nn.Parameter] = {}
     owners: dict[int, str] = {}
@@ -217,7 +264,10 @@ def build_optimizer(
                 "list every parameter once, as model.named_parameters() does"
             )
         grid = grid_of(param)
-        if grid is None and param.dtype != torch.float32:
+        if grid is None and param.dtype not in (
+            torch.float32,
+            codec_of(param, config).weight_dtype,
+        ):
             raise ConfigError(
                 f"parameter {name!r} is {param.dtype}: keep parameters in torch.float32, the "
                 "linears cast what they multiply"
@@ -231,7 +281,13 @@ def build_optimizer(
         owners[id(param)] = name
         if grid is not None:
             streams[grid.layer] = name
-    return Optimizer(params, config, seed, fused=fused)
+    return Optimizer(params, config, seed, fused=fused, weight_amax=weight_amax)
+
+
+def codec_of(param: Tensor, config: OptimConfig) -> StateCodec:
+    """How a parameter is kept: as configured if it is a dense matrix, else in FP32."""
+    matrix = param.dim() >= 2 and grid_of(param) is None
+    return CODECS[config.states if matrix else "fp32"]
 
 
 def grid_of(param: Tensor) -> GridWeight | None:
@@ -246,8 +302,8 @@ def memory_report(
     """Bytes per parameter that training keeps between steps, measured on tensor storages.
 
     Counts weights (dense values, or packed codes with their scales, and the few bytes of a grid
-    parameter's placeholder) and moments; not gradients and activations. A tensor shared under
-    several names counts once.
+    parameter's placeholder) and what the codecs keep; not gradients and activations. A tensor
+    shared under several names counts once.
 
     Args:
         named_params: ``model.named_parameters()``.
@@ -278,6 +334,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _moment(param: Tensor) -> Tensor:
-    """FP32 zeros of the parameter's shape (``zeros_like`` would copy the strides of a grid's)."""
-    return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+def _amax(weight: Tensor) -> Tensor:
+    return weight.detach().abs().amax().float() if weight.numel() else torch.zeros(())
+
+
+_KINDS = sorted({kind for codec in CODECS.values() for kind in codec.dtypes})

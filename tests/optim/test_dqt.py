@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megafp4.numerics import Key
 from megafp4.numerics.grid import GridWeight
-from megafp4.optim import AdamHyper, adamw_step, dqt_step
+from megafp4.optim import AdamHyper, StepNumbers, adamw_update, dqt_step
 
 HYPER = AdamHyper(1e-3, (0.9, 0.999), 1e-6, 0.01)
 
@@ -102,7 +102,7 @@ def student_loss(bits: float | None, rounding: str, steps: int = 150) -> tuple[f
         lr = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
         hyper = AdamHyper(lr, (0.9, 0.95), 1e-10, 0.0)
         if grid is None:
-            adamw_step(w, grad, m, v, hyper, step)
+            adamw_update(w, grad, m, v, StepNumbers.of(hyper, step))
         else:
             dqt_step(grid, grad, m, v, hyper, step, key(step), rounding)
     return losses[0], losses[-1]
