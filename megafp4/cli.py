@@ -147,20 +147,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The process's exit code: 0, 2 for a request that cannot be met, 128 + signal if stopped.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
-    except MegaFP4Error as error:
-        return _refuse(" ".join(str(error).split()))
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        return _refuse("memory ran out: lower train.micro_batch or model.seq_len, or the model")
-    except KeyboardInterrupt:  # outside the training loop, which ends between two steps
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except SystemExit as stop:  # tyro printed help, or an error of its own
-        return stop.code if isinstance(stop.code, int) else 0
+        try:
+            return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        except MegaFP4Error as error:
+            return _refuse(" ".join(str(error).split()))
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return _refuse("memory ran out: lower train.micro_batch or model.seq_len, or the model")
+        except KeyboardInterrupt:  # outside the training loop, which ends between two steps
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        except SystemExit as stop:  # tyro printed help, or an error of its own
+            return stop.code if isinstance(stop.code, int) else 0
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, head or a pager, has enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def train(arguments: list[str]) -> int:
@@ -174,8 +179,7 @@ def train(arguments: list[str]) -> int:
             print(text, flush=True)
 
     check(config)
-    summary = finished_summary(config)
-    if summary is not None:
+    if (summary := finished_summary(config)) is not None:
         say(f"{config.out} is finished after {summary['steps']} steps: choose another --out")
         return 0
     progress = run_training(build(config, quiet=given.quiet))
@@ -241,9 +245,8 @@ def formats(arguments: list[str]) -> int:
 
     table = Table("Format", "Bits", "Largest code", "Scaling", "What it is", header_style="bold")
     for entry in map(get_format, format_names()):
-        scalings = ", ".join(entry.scalings)
-        row = (entry.name, str(entry.bits), f"{entry.max_value:g}", scalings, escape(entry.summary))
-        table.add_row(*row)
+        cells = str(entry.bits), f"{entry.max_value:g}", ", ".join(entry.scalings)
+        table.add_row(entry.name, *cells, escape(entry.summary))
     Console(highlight=False).print(table)
     return 0
 
@@ -352,12 +355,10 @@ def _configured(
 
 def _file_of(arguments: list[str]) -> Path | None:
     """Find ``--config FILE`` before parsing, which starts from what the file says."""
-    for index, argument in enumerate(arguments):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, found, value = argument.partition("=")
-        if name == "--config" and found:
-            return Path(value)
-        if name == "--config" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
+        if name == "--config" and (found or following):
+            return Path(value if found else following)
     return None
 
 

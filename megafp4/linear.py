@@ -1,243 +1,23 @@
-"""The heart: a linear layer is three GEMMs, and a recipe says what each of them multiplies.
-
-For y = x W^T + bias, with dy the gradient of y:
-
-=======  ================  ==================  ===================  ====================
-GEMM     result            a                   b                    contracts over
-=======  ================  ==================  ===================  ====================
-fprop    y [tokens, out]   x [tokens, in]      W [out, in]          in
-dgrad    dx [tokens, in]   dy [tokens, out]    W [out, in]          out
-wgrad    dW [out, in]      dy [tokens, out]    x [tokens, in]       tokens
-=======  ================  ==================  ===================  ====================
-
-Every operand takes the same way: start from the original (or from what fprop multiplied), Hadamard
-transform, quantize; the GEMM's alpha then undoes prescale and transform on the FP32 accumulator.
-The bias gradient is the plain sum of dy. Models are in FP32 or BF16; y and dx have x's type.
-
-Random bits depend on (seed, step, layer, GEMM, operand, global element), never on a generator: an
-element draws the same bits however the batch is cut, when it is recomputed, and after a resume.
-The weight draws once per step, so it is quantized once per step and shared by all micro-batches.
-"""
+"""``nn.Linear`` with a recipe: the module and the autograd function around a :class:`LinearOp`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megafp4.backends import Backend, Operand, Slope, operand_format, resolve_backend
+from megafp4.backends import Backend, resolve_backend
 from megafp4.backends.base import hollow, refill
+from megafp4.backends.sizes import check_layer, check_tokens
 from megafp4.errors import ConfigError, UnsupportedError
-from megafp4.numerics import Key, QTensor
+from megafp4.linear_op import LinearOp
 from megafp4.numerics.grid import GridWeight
 from megafp4.numerics.grid_linear import GridLinear
-from megafp4.precision import Position, Precision, WeightCache
-from megafp4.recipes import DGE, GEMMS, Gemm, Recipe, Side, get_recipe
-from megafp4.recipes.cast import CastRequest, cast_from, split_outliers
-
-FP32 = torch.float32
-# Contraction axis of a and of b, as in the table above.
-_AXES = {"fprop": (1, 1), "residual": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}
-
-
-@dataclass
-class LinearOp:
-    """The three GEMMs of one layer; a function of tensors that owns no parameters.
-
-    ``fprop``, ``dgrad`` and ``wgrad`` can be called on their own, as pipeline schedules do; ``at``
-    is the position of the forward pass they belong to.
-
-    Raises:
-        UnsupportedError: The backend cannot multiply what the recipe asks for.
-    """
-
-    recipe: Recipe
-    backend: Backend
-    precision: Precision
-    layer: int = 0
-    name: str = ""
-    segments: tuple[int, ...] | None = None
-    grid: GridWeight | None = None
-    _cache: WeightCache = field(default_factory=WeightCache, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.name = self.name or f"layer {self.layer}"
-        for gemm in GEMMS:
-            self.backend.check(self.recipe.gemm(gemm).a.format, self.recipe.gemm(gemm).b.format)
-
-    def fprop(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        at: Position,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype = FP32,
-        *,
-        keep: bool = True,
-    ) -> tuple[Tensor, Operand]:
-        """x [tokens, in], W [out, in] -> y [tokens, out], and what wgrad needs of x.
-
-        Args:
-            x: FP32 or BF16 [tokens, in].
-            weight: [out, in].
-            at: Where in the run this is.
-            bias: [out], added in FP32.
-            out_dtype: Type of y, rounded to once.
-            keep: Whether there will be a wgrad.
-        """
-        spec = self.recipe.fprop.a
-        requests = [self._request("fprop", "a", at)]
-        early = keep and self.recipe.wgrad.b.saved_as != "input"
-        if early:
-            requests.append(self._request("wgrad", "b", at))
-        inner, outliers = split_outliers(x, spec)
-        if inner is x:
-            a, *saved = self._cast(x, requests)
-        else:
-            (a,), saved = self._cast(inner, requests[:1]), self._cast(x, requests[1:])
-        b = self._weight("fprop", weight, at)
-        if outliers is None:
-            y = self._multiply("fprop", a, b, out_dtype, bias=bias)
-        else:
-            # What was clamped off meets the weight as it is [2501.17116, section 3.2].
-            y = self._multiply("fprop", a, b)
-            dense = self._dense(weight).bfloat16()
-            y += self._multiply("residual", outliers.bfloat16(), dense)
-            y = (y if bias is None else y + bias).to(out_dtype)
-        return y, saved[0] if early else x
-
-    def dgrad(self, dy: Tensor, weight: Tensor, at: Position) -> Tensor:
-        """dy [tokens, out], W [out, in] -> dx [tokens, in] in dy's dtype."""
-        (a,) = self._cast(dy, [self._request("dgrad", "a", at)])
-        return self._dgrad(a, weight, at, dy.dtype)
-
-    def wgrad(self, dy: Tensor, kept: Operand, weight: Tensor, at: Position) -> Tensor:
-        """dy [tokens, out], what fprop kept -> dW [out, in] in W's dtype."""
-        (a,) = self._cast(dy, [self._request("wgrad", "a", at)])
-        return self._wgrad(a, kept, weight, at)
-
-    def backward(
-        self,
-        dy: Tensor,
-        kept: Operand,
-        weight: Tensor,
-        at: Position,
-        accumulate_into: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Both gradients, dy cast for both GEMMs at once.
-
-        Args:
-            dy: [tokens, out].
-            kept: What fprop kept.
-            weight: [out, in].
-            at: Position of the forward pass.
-            accumulate_into: FP32 [out, in] that dW is added to.
-        """
-        a, b = self._cast(dy, [self._request("dgrad", "a", at), self._request("wgrad", "a", at)])
-        dx = self._dgrad(a, weight, at, dy.dtype)
-        return dx, self._wgrad(b, kept, weight, at, accumulate_into)
-
-    def forget_weights(self) -> None:
-        """Quantize the weight anew when it is next multiplied."""
-        self._cache.clear()
-
-    def _dgrad(self, a: Operand, weight: Tensor, at: Position, dtype: torch.dtype) -> Tensor:
-        return self._multiply("dgrad", a, self._weight("dgrad", weight, at), dtype)
-
-    def _wgrad(
-        self,
-        a: Operand,
-        kept: Operand,
-        weight: Tensor,
-        at: Position,
-        accumulate_into: Tensor | None = None,
-    ) -> Tensor:
-        if self.recipe.wgrad.b.saved_as == "input":
-            assert isinstance(kept, Tensor)
-            (kept,) = self._cast(kept, [self._request("wgrad", "b", at)])
-        slope = None
-        if isinstance(dge := self.recipe.fprop.b.estimator, DGE):
-            slope = Slope(self._dense(weight), self._weight("fprop", weight, at), dge)
-        return self._multiply(
-            "wgrad", a, kept, weight.dtype, slope=slope, accumulate_into=accumulate_into
-        )
-
-    def _request(self, gemm: Gemm, side: Side, at: Position) -> CastRequest:
-        """Say how the recipe casts one operand, at its place in the global batch."""
-        axis = _AXES[gemm]["ab".index(side)]
-        is_weight = side == "b" and gemm != "wgrad"
-        first = 0 if is_weight else at.first_token
-        spec = self.recipe.gemm(gemm)
-        through = spec.side(side).source == "fprop"
-        return CastRequest(
-            spec,
-            side,
-            axis,
-            Key(self.precision.seed, at.step, self.layer, gemm, side),
-            (first, 0) if axis == 1 else (0, first),
-            self.segments if is_weight else None,
-            self._request("fprop", side if is_weight else "a", at) if through else None,
-            spec.side(side).saved_as == "packed",
-        )
-
-    def _cast(self, x: Tensor, requests: list[CastRequest]) -> list[Operand]:
-        """Make operands of a matrix, and show them to whoever watches."""
-        if self.precision.probe is not None:
-            for request in requests:
-                operand, seen = cast_from(x, request)
-                if isinstance(operand, QTensor):
-                    gemm = str(request.key.gemm)
-                    self.precision.probe(self.name, gemm, request.side, seen, operand)
-        return self.backend.cast(x, requests)
-
-    def _weight(self, gemm: Gemm, weight: Tensor, at: Position) -> Operand:
-        """Operand b of fprop or dgrad, quantized once per step and version of the weight."""
-        if self.recipe.grid and self.grid is None:
-            raise ConfigError(f"{self.name!r} has no grid weight yet: call to_grid() first")
-        stored = self.grid.codes if self.grid else weight
-        return self._cache.get(gemm, stored, at.step, lambda: self._cast_weight(gemm, weight, at))
-
-    def _cast_weight(self, gemm: Gemm, weight: Tensor, at: Position) -> Operand:
-        spec = self.recipe.gemm(gemm).b
-        if self.grid and spec.source == "grid" and spec.quantized:
-            return self.backend.adopt(self.grid.to_qtensor())
-        return self._cast(self._dense(weight), [self._request(gemm, "b", at)])[0]
-
-    def _dense(self, weight: Tensor) -> Tensor:
-        return self.grid.decode() if self.grid else weight
-
-    def _multiply(
-        self,
-        gemm: str,
-        a: Operand,
-        b: Operand,
-        out_dtype: torch.dtype = FP32,
-        *,
-        bias: Tensor | None = None,
-        slope: Slope | None = None,
-        accumulate_into: Tensor | None = None,
-    ) -> Tensor:
-        formats, who = (operand_format(a), operand_format(b)), self.backend.ran_as(a, b)
-        self.precision.ledger.record(self.name, gemm, *formats, who)
-        alpha = 1.0 if gemm == "residual" else getattr(self.recipe, gemm).alpha
-        return self.backend.gemm(
-            a,
-            b,
-            _AXES[gemm],
-            alpha,
-            out_dtype,
-            bias=bias,
-            slope=slope,
-            accumulate_into=accumulate_into,
-        )
-
-
-def _in_backward() -> bool:
-    """Whether autograd is at work, so that a forward call recomputes what was computed before."""
-    return torch._C._current_graph_task_id() != -1
+from megafp4.precision import RETURNED, Precision
+from megafp4.recipes import GEMMS, Recipe, get_recipe
 
 
 class _ThreeGemms(torch.autograd.Function):
@@ -265,33 +45,19 @@ class _ThreeGemms(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, weight.shape[0])
         op, at, dx, dw = ctx.op, ctx.at, None, None
-        into = _main_gradient(ctx.weight, op) if needs_weight else None
+        target = op.precision.target(ctx.weight, op.backend) if needs_weight else RETURNED
         kept = refill(ctx.kept, tensors) if needs_weight else None
+        db = dy.new_empty(weight.shape[0], dtype=torch.float32) if needs_bias else None
         if needs_x and kept is not None:
-            dx, dw = op.backward(dy, kept, weight, at, into)
+            dx, dw = op.backward(dy, kept, weight, at, target, db)
         elif needs_x:
             dx = op.dgrad(dy, weight, at)
         elif kept is not None:
-            dw = op.wgrad(dy, kept, weight, at)
-            into = None
-        db = dy.sum(0, dtype=torch.float32) if needs_bias else None
-        return (
-            None if dx is None else dx.view(ctx.shape),
-            None if into is not None else dw,
-            db,
-            None,
-        )
-
-
-def _main_gradient(weight: Tensor, op: LinearOp) -> Tensor | None:
-    """The FP32 gradient that exists already, if the GEMM may and can add into it."""
-    if not (op.precision.accumulates and op.backend.accumulates and weight.is_leaf):
-        return None
-    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
-        return None
-    grad = weight.grad
-    fits = grad is not None and grad.dtype == torch.float32 and grad.is_contiguous()
-    return grad if fits else None
+            dw, target = op.wgrad(dy, kept, weight, at), RETURNED
+        if db is not None and (dx is None or dw is None):
+            torch.sum(dy, 0, dtype=torch.float32, out=db)
+        dw = dw if target.accumulate_into is None else None
+        return None if dx is None else dx.view(ctx.shape), dw, db, None
 
 
 class Linear(GridLinear):
@@ -335,7 +101,7 @@ class Linear(GridLinear):
         used = precision or Precision()
         self._own_precision = None if precision else used
         self.op = LinearOp(get_recipe(recipe), resolve_backend(backend), used, layer, name, rows)
-        self.op.recipe.check_layer(in_features, out_features, rows, self.op.name)
+        check_layer(self.op.recipe, self.op.backend, self.weight.shape, rows, self.op.name)
 
     @property
     def recipe(self) -> Recipe:
@@ -354,7 +120,7 @@ class Linear(GridLinear):
                 f"{self.op.name!r} holds its weight on the grid of {self.recipe.name!r}, which "
                 f"{new.name!r} does not share: choose a recipe with the same grid"
             )
-        new.check_layer(self.in_features, self.out_features, self.op.segments, self.op.name)
+        check_layer(new, self.op.backend, self.weight.shape, self.op.segments, self.op.name)
         self.op = replace(self.op, recipe=new)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -372,11 +138,15 @@ class Linear(GridLinear):
         if x.dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedError(f"{self.op.name!r} got a {x.dtype} input: give FP32 or BF16")
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            self.recipe.check_length("wgrad", x.shape[:-1].numel(), self.op.name)
+            check_tokens(self.recipe, self.op.backend, x.shape[:-1].numel(), self.op.name)
+        if x.numel() == 0:  # nothing to multiply, and gradients of zeros
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         if not torch.is_grad_enabled():
             # Without a training step in between, a write through `.data` would go unnoticed.
             self.op.forget_weights()
-        if self.training and self.op.precision is self._own_precision and not _in_backward():
+        # While autograd is at work, a forward call recomputes what was computed before.
+        again = torch._C._current_graph_task_id() != -1
+        if self.training and self.op.precision is self._own_precision and not again:
             self.op.precision.step += 1
         return _ThreeGemms.apply(x, self.weight, self.bias, self.op)
 

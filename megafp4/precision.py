@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from megafp4.backends.base import Operand
+from megafp4.backends.base import Backend, Operand
 from megafp4.backends.ledger import Ledger
 from megafp4.numerics import QTensor
 
@@ -76,6 +78,97 @@ class WeightCache:
         return {"_kept": {}}
 
 
+class Squares:
+    """What wgrad has measured: sums of squares of gradients, for as long as they describe them.
+
+    A measurement counts while the parameter's gradient is the very memory that was measured, at the
+    version that it had then. So a micro-batch that autograd adds, a hook, unscaling or a gradient
+    that was set anew ends it. Writes that autograd does not see do not: whoever writes through
+    ``.data``, or reduces gradients over ranks with ``torch.distributed``, must :meth:`clear`.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, _Measured] = {}
+
+    def record(
+        self, parameter: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor
+    ) -> None:
+        """Keep sums of squares for as long as ``gradient`` stays what it is.
+
+        Args:
+            parameter: Whose gradient it is, or will be when backward hands it over.
+            gradient: Contiguous; no reference to it is kept.
+            squares: FP64, of any shape, that add up to the squared norm of ``gradient``.
+        """
+        storage = StorageWeakRef(gradient.untyped_storage())
+        self._found[id(parameter)] = _Measured(storage, gradient._version, gradient.shape, squares)
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """What adds up to the squared norm of the parameter's gradient; None if it is not known."""
+        found, gradient = self._found.get(id(parameter)), parameter.grad
+        if found is None or gradient is None:
+            return None
+        # As long as a weak reference exists, no other storage can be taken for this one.
+        same = (
+            found.storage == StorageWeakRef(gradient.untyped_storage())
+            and found.version == gradient._version
+            and found.shape == gradient.shape
+            and gradient.is_contiguous()
+        )
+        return found.squares if same else None
+
+    def clear(self) -> None:
+        """Forget all measurements."""
+        self._found.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Stay out of copies and pickles."""
+        return {"_found": {}}
+
+
+class Magnitudes:
+    """Largest magnitudes of weights that the optimizer has found, for as long as they are true.
+
+    One counts while the weight is at the version that it had then, see :class:`Squares`.
+    """
+
+    def __init__(self) -> None:
+        self._found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def record(self, weight: torch.Tensor, amax: torch.Tensor) -> None:
+        """Keep the largest magnitude of a weight as it is now: FP32 [1] on its device."""
+        self._found[weight] = weight._version, amax
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """FP32 [1]; None if it is not known."""
+        version, amax = self._found.get(weight, (-1, None))
+        return amax if not weight.is_inference() and version == weight._version else None
+
+    def __reduce__(self) -> tuple[type[Magnitudes], tuple[()]]:
+        """Stay out of copies and pickles."""
+        return Magnitudes, ()
+
+
+class Target(NamedTuple):
+    """What becomes of a weight's gradient, besides that wgrad returns it."""
+
+    accumulate_into: torch.Tensor | None = None
+    """FP32 [out, in]: the gradient that exists already, to which the GEMM adds."""
+    measured_for: torch.Tensor | None = None
+    """Parameter under which the squares of an FP32 gradient are noted."""
+
+
+RETURNED = Target()
+"""It is returned, that is all."""
+
+
+class _Measured(NamedTuple):
+    storage: StorageWeakRef
+    version: int
+    shape: torch.Size
+    squares: torch.Tensor
+
+
 @dataclass
 class Precision:
     """Shared, mutable state of a model's quantized linears."""
@@ -89,10 +182,28 @@ class Precision:
     accumulates: bool = False
     """Let wgrad add into ``weight.grad`` itself where that saves a pass over it. For loops that
     call ``backward()``: ``torch.autograd.grad`` would find no gradient of the weight then."""
+    measures: bool = False
+    """Let wgrad note in :attr:`squares` how large the gradients are that it writes, where that
+    saves a pass over them. For loops that take the norm, which set it before a step's last backward
+    pass."""
+    squares: Squares = field(default_factory=Squares, repr=False, compare=False)
+    """What wgrad has measured."""
+    magnitudes: Magnitudes = field(default_factory=Magnitudes, repr=False, compare=False)
+    """What the optimizer has measured; spares FP8 casts of weights a pass over them."""
     ledger: Ledger = field(default_factory=Ledger)
     """Counts every GEMM that runs."""
     probe: Probe | None = None
     """Called for each quantization; None costs nothing."""
+
+    def target(self, weight: torch.Tensor, backend: Backend) -> Target:
+        """Say what wgrad may do with the gradient of a weight that autograd asks for."""
+        if not weight.is_leaf:
+            return RETURNED
+        measured_for, grad = weight if self.measures else None, weight.grad
+        hooked = weight._backward_hooks or weight._post_accumulate_grad_hooks
+        adds = self.accumulates and backend.accumulates and not hooked
+        fits = grad is not None and grad.dtype == torch.float32 and grad.is_contiguous()
+        return Target(grad if adds and fits else None, measured_for)
 
     @property
     def position(self) -> Position:

@@ -282,6 +282,24 @@ def test_errors_of_a_process_have_exit_code_2_and_no_traceback() -> None:
     assert len(found.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["train --help", "presets gpt-tiny", "presets", "--help"])
+def test_a_reader_that_has_enough_is_no_error(command: str) -> None:
+    """As in ``megafp4 train --help | head``: the pipe is closed before anything is read."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "megafp4", *command.split()],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.stderr == ""
+    assert done.returncode in (1, 128 + signal.SIGPIPE)  # 1 is what rich ends with
+
+
 def test_help_and_version(capsys: Captured) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0

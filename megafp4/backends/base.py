@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
-from megafp4.errors import UnsupportedError
+from megafp4.errors import CheckpointError, UnsupportedError
 from megafp4.numerics import Format, QTensor, Scaling, dge_multiplier
 from megafp4.numerics.qtensor import unpack
 from megafp4.recipes import DGE
-from megafp4.recipes.cast import CastRequest, cast_from, dge_slope
+from megafp4.recipes.cast import CastRequest, Used, cast_from, dge_slope, with_codes_of
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -80,12 +80,28 @@ class Backend(Protocol):
             UnsupportedError: This backend does not multiply these formats, or not on this machine.
         """
 
-    def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
+    def multiple(self, a: str, b: str) -> int:
+        """What the contraction length, and both widths of the linear, must be multiples of.
+
+        Args:
+            a: Format of the first operand.
+            b: Format of the second operand.
+        """
+        ...
+
+    def cast(
+        self,
+        x: torch.Tensor,
+        wanted: Sequence[CastRequest],
+        used: tuple[Operand, torch.Tensor | None] | None = None,
+    ) -> list[Operand]:
         """Make operands of one matrix; all at once, so that one pass over it can serve several.
 
         Args:
             x: FP32 or BF16 [rows, cols].
             wanted: The operands.
+            used: What :meth:`cast` made of x for fprop, and the outliers cut off before: saves
+                making it again for operands that start from its value. No number depends on it.
 
         Returns:
             One operand a request; codes and scales are those of
@@ -136,6 +152,81 @@ class Backend(Protocol):
         """
         ...
 
+    def raised_blocks(self) -> Mapping[int, int]:
+        """Count the blocks so far whose scale was raised to one that the hardware can express.
+
+        Waits for the device.
+
+        Returns:
+            Count by random stream of the operand (:attr:`megafp4.numerics.Key.stream`); only the
+            operands that can have any.
+        """
+        ...
+
+    def state_dict(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """What casts on a device carry from call to call and a resumed run must find again."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Continue with a state that :meth:`state_dict` returned, wherever its tensors are.
+
+        Raises:
+            CheckpointError: It is the state of another backend; nothing is changed then.
+        """
+
+
+class Stateless:
+    """What is true of a backend that keeps nothing from call to call and has no granularity."""
+
+    name: str
+
+    def multiple(self, a: str, b: str) -> int:
+        """Any length will do."""
+        return 1
+
+    def raised_blocks(self) -> Mapping[int, int]:
+        """Scales are the recipe's: none is raised."""
+        return {}
+
+    def state_dict(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Nothing is carried from call to call."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Accept the empty state.
+
+        Raises:
+            CheckpointError: The state is that of another backend.
+        """
+        if state:
+            raise CheckpointError(
+                f"the checkpoint holds {next(iter(state))!r} of another backend, and backend "
+                f"{self.name!r} keeps no state: continue with the backend that saved it"
+            )
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A :class:`Backend` whose GEMM can measure the gradient that it writes."""
+
+    def measured_gemm(
+        self,
+        a: Operand,
+        b: Operand,
+        axes: tuple[int, int],
+        alpha: float = 1.0,
+        *,
+        slope: Slope | None = None,
+        accumulate_into: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """:meth:`Backend.gemm` with an FP32 result, and how large that is.
+
+        Returns:
+            The result, and FP64 sums of squares of parts of it, which add up to those of the whole,
+            ``accumulate_into`` included; or None where measuring would cost a pass of its own.
+        """
+        ...
+
 
 def operand_format(operand: Operand) -> str:
     """Name of an operand's format: of its codes, or ``bf16`` / ``fp32``.
@@ -152,13 +243,33 @@ def operand_format(operand: Operand) -> str:
     return _DTYPE_NAMES[operand.dtype]
 
 
-def cast_all(x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
-    """Cast as the specification does, one operand after the other."""
-    operands: list[Operand] = []
+def cast_all(
+    x: torch.Tensor,
+    wanted: Sequence[CastRequest],
+    used: tuple[Operand, torch.Tensor | None] | None = None,
+) -> list[Operand]:
+    """Cast as the specification does, but nothing twice; see :meth:`Backend.cast`."""
+    made: list[tuple[CastRequest, QTensor | torch.Tensor]] = []
     for request in wanted:
-        operand, _ = cast_from(x, request)
-        operands.append(_pack(operand) if request.packed else operand)
-    return operands
+        if request.sums is not None:
+            torch.sum(x, 0, dtype=torch.float32, out=request.sums)
+        alike = next((like for one in made if (like := with_codes_of(*one, request))), None)
+        made.append((request, alike or cast_from(x, request, _used(request, made, used))[0]))
+    return [_pack(operand) if request.packed else operand for request, operand in made]
+
+
+def _used(
+    request: CastRequest,
+    made: Sequence[tuple[CastRequest, QTensor | torch.Tensor]],
+    given: tuple[Operand, torch.Tensor | None] | None,
+) -> Used | None:
+    """What an operand starts from, if it is there."""
+    for other, operand in made:
+        if request.through == other:
+            return Used(operand, None)
+    if given is None or not isinstance(given[0], QTensor | torch.Tensor):
+        return None
+    return Used(given[0], given[1])
 
 
 def _pack(operand: QTensor | torch.Tensor) -> Operand:

@@ -25,6 +25,7 @@ from megafp4.backends.base import (
     Operand,
     PackedOperand,
     Slope,
+    Stateless,
     cast_all,
     finish,
     line_major,
@@ -54,7 +55,7 @@ class BlockScaled:
     """Without padding."""
 
 
-class BlackwellBackend:
+class BlackwellBackend(Stateless):
     """MXFP4 and NVFP4 pairs on FP4 tensor cores, the rest in BF16.
 
     Args:
@@ -88,9 +89,14 @@ class BlackwellBackend:
                 f"{found}: choose another backend"
             )
 
-    def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
+    def cast(
+        self,
+        x: torch.Tensor,
+        wanted: Sequence[CastRequest],
+        used: tuple[Operand, torch.Tensor | None] | None = None,
+    ) -> list[Operand]:
         """Cast by the specification, on the GPU: right, and not fast."""
-        return cast_all(x, wanted)
+        return cast_all(x, wanted, used)
 
     def adopt(self, stored: QTensor) -> Operand:
         """Codes and scales are an operand as they are."""

@@ -17,7 +17,8 @@ runs in BF16, and the ledger says so (``hopper/bf16``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -30,6 +31,9 @@ from megafp4.numerics.formats import Integer
 from megafp4.recipes.cast import CastRequest
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Formats that run on FP8 and on INT8 tensor cores, each with its own kind.
+_NATIVE = (("mxfp4", "fp4-vector", "fp8-e4m3", "fp8-e5m2"), ("int8", "int4", "int3", "ternary"))
+_MULTIPLE = 16  # bytes of a row of an operand, for TMA
 
 
 class HopperBackend:
@@ -55,20 +59,41 @@ class HopperBackend:
                 f"machine has {found}: choose another backend"
             )
 
-    def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
-        """Cast with kernels; see :meth:`megafp4.backends.base.Backend.cast`."""
+    def multiple(self, a: str, b: str) -> int:
+        """16 for pairs on FP8 and INT8 tensor cores, whose rows are loaded 16 bytes at a time."""
+        return _MULTIPLE if any(a in kind and b in kind for kind in _NATIVE) else 1
+
+    def cast(
+        self,
+        x: torch.Tensor,
+        wanted: Sequence[CastRequest],
+        used: tuple[Operand, torch.Tensor | None] | None = None,
+    ) -> list[Operand]:
+        """Cast with kernels, from x itself; see :meth:`megafp4.backends.base.Backend.cast`."""
         return self._caster.cast(x, wanted)
 
     def adopt(self, stored: QTensor) -> Operand:
         """Bring the integer codes of a grid weight to int8; nothing else is stored as codes."""
         return adopt(stored)
 
-    def raised_blocks(self) -> int:
+    def raised_blocks(self) -> Mapping[int, int]:
         """Blocks of MXFP4 whose exponent was raised because their tensor spans too many octaves.
 
-        Waits for the GPU.
+        Waits for the GPU. By stream; see :meth:`megafp4.backends.base.Backend.raised_blocks`.
         """
-        return self._caster.raised_blocks()
+        return self._caster.windows.raised_blocks()
+
+    def state_dict(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Windows of the MXFP4 operands: int32 [8] by stream."""
+        return self._caster.windows.state_dict(device)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Continue with saved windows; see :meth:`megafp4.backends.base.Backend.load_state_dict`.
+
+        Raises:
+            CheckpointError: These are not windows; nothing is changed then.
+        """
+        self._caster.windows.load_state_dict(state, device)
 
     def pin_position(self, seed: int, step: int, first_token: int, device: torch.device) -> None:
         """Let all casts from now on read their position where this one is written.
@@ -76,11 +101,11 @@ class HopperBackend:
         A CUDA graph that was recorded meanwhile then draws, when it is replayed, the random bits of
         the position that was pinned last.
         """
-        self._caster.pin(seed, step, first_token, device)
+        self._caster.positions.pin(seed, step, first_token, device)
 
     def unpin_position(self) -> None:
         """Let casts again read the position that they are asked for."""
-        self._caster.pinned = None
+        self._caster.positions.unpin()
 
     def ran_as(self, a: Operand, b: Operand) -> str:
         """``hopper`` for FP8 and INT8 tensor cores, else ``hopper/bf16``."""
@@ -114,13 +139,9 @@ class HopperBackend:
                 return gemm_int8(left.data, right.data, **scales, bias=bias, out_dtype=out_dtype)
             out = gemm_int8(left.data, right.data, **scales, out_dtype=torch.float32)
             return finish(out, out_dtype, bias, slope, accumulate_into)
-        from megafp4_kernels import gemm as kernels
+        from megafp4_kernels.gemm import gemm
 
-        fused = None
-        if slope is not None:
-            used = _prepared(slope.operand).scale
-            fused = kernels.Slope(slope.weight.contiguous(), used, slope.dge.k, slope.dge.cap)
-        return kernels.gemm(
+        return gemm(
             left.data,
             right.data,
             **scales,
@@ -128,8 +149,45 @@ class HopperBackend:
             out_dtype=out_dtype,
             out=accumulate_into,
             accumulate=accumulate_into is not None,
-            slope=fused,
+            slope=_fused(slope),
         )
+
+    def measured_gemm(
+        self,
+        a: Operand,
+        b: Operand,
+        axes: tuple[int, int],
+        alpha: float = 1.0,
+        *,
+        slope: Slope | None = None,
+        accumulate_into: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Multiply on FP8 tensor cores and measure; others do not measure.
+
+        See :meth:`megafp4.backends.base.Measuring.measured_gemm`.
+        """
+        if not _kind(a) == _kind(b) == "fp8":
+            out = self.gemm(a, b, axes, alpha, slope=slope, accumulate_into=accumulate_into)
+            return out, None
+        from megafp4_kernels.gemm import gemm
+        from megafp4_kernels.gemm_arguments import squares_shape
+
+        left, right = _prepared(a), _prepared(b)
+        shape = squares_shape(left.data.shape[0], right.data.shape[0])
+        squares = torch.empty(shape, dtype=torch.float64, device=left.data.device)
+        out = gemm(
+            left.data,
+            right.data,
+            scale_a=left.scale,
+            scale_b=right.scale,
+            alpha=alpha,
+            out_dtype=torch.float32,
+            out=accumulate_into,
+            accumulate=accumulate_into is not None,
+            slope=_fused(slope),
+            squares=squares,
+        )
+        return out, squares
 
 
 def device_capability() -> tuple[int, int] | None:
@@ -159,6 +217,16 @@ def _kind(operand: Operand) -> str:
 
 def _is_fp8(operand: Prepared) -> bool:
     return operand.data.dtype in _FP8
+
+
+def _fused(slope: Slope | None) -> Any:
+    """The slope as the GEMM's epilogue takes it."""
+    if slope is None:
+        return None
+    from megafp4_kernels.gemm_arguments import Slope as Fused
+
+    scale = _prepared(slope.operand).scale
+    return Fused(slope.weight.contiguous(), scale, slope.dge.k, slope.dge.cap)
 
 
 def _prepared(operand: Operand) -> Prepared:

@@ -1,9 +1,10 @@
 """From a matrix to the operands of Hopper's tensor cores, with as few passes over it as there are.
 
 What is fused: both MXFP4 operands of one matrix; FP8 of a forward pass with the MXFP4 operand that
-its value gives wgrad; both FP8 operands that share a tensor's scale; clamping, scaling and casting
-to E2M1 with the outliers folded in. Whatever has no kernel is cast by the specification, on the GPU
-and with the same codes, only slower: BitNet's weights, and the values behind a BF16 operand.
+its value gives wgrad; both FP8 operands that share a tensor's scale; scaling and casting of rows;
+clamping, scaling and casting to E2M1 with the outliers folded in. Whatever has no kernel is cast by
+the specification, on the GPU and with the same codes, only slower: BitNet's weights, and the values
+behind a BF16 operand.
 """
 
 from __future__ import annotations
@@ -14,51 +15,36 @@ from typing import TYPE_CHECKING
 import torch
 
 from megafp4.backends.base import Operand, PackedOperand, Prepared
+from megafp4.backends.hopper_state import Positions, Windows
 from megafp4.errors import UnsupportedError
 from megafp4.numerics import QTensor, get_format
 from megafp4.numerics.formats import E2M1, Integer
 from megafp4.recipes.cast import CastRequest, cast_from
 
 if TYPE_CHECKING:
+    from megafp4_kernels.lines import Lines
     from megafp4_kernels.mxfp4 import Folded, Packed, Plan
 
 _MXFP4_ROUNDINGS = ("stochastic", "nearest-even", "nearest-away")
 _FP8 = ("fp8-e4m3", "fp8-e5m2")
-# Positions kept on the device: those of the micro-batches whose backward is still to come.
-_POSITIONS = 64
 
 
 class Caster:
     """Casts, and keeps what kernels need from call to call: windows and positions."""
 
     def __init__(self) -> None:
-        self._windows: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._positions: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
-        self._pins: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.pinned: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Positions of weights and of activations for all casts; None: those asked for."""
+        self.windows = Windows()
+        self.positions = Positions()
 
     def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
         """See :meth:`megafp4.backends.base.Backend.cast`."""
         x = x.contiguous()
+        for request in wanted:
+            if request.sums is not None and not _sums_on_the_way(x, request):
+                torch.sum(x, 0, dtype=torch.float32, out=request.sums)
         if len(wanted) == 2 and (pair := self._pair(x, *wanted)) is not None:
             return list(pair)
         return [self._one(x, request) for request in wanted]
-
-    def raised_blocks(self) -> int:
-        """Raised blocks of all windows so far; waits for the GPU."""
-        from megafp4_kernels.mxfp4 import RAISED
-
-        return sum(int(window[RAISED]) for window in self._windows.values())
-
-    def pin(self, seed: int, step: int, first_token: int, device: torch.device) -> None:
-        """Write a position where casts will read it from now on; waits for nothing."""
-        if self._pins is None:  # made once: graphs hold their addresses
-            weights, activations = torch.empty(2, 3, dtype=torch.int64, device=device)
-            self._pins = weights, activations
-        self.pinned = self._pins
-        _write(self.pinned[0], seed, step, 0)
-        _write(self.pinned[1], seed, step, first_token)
 
     def _pair(
         self, x: torch.Tensor, first: CastRequest, second: CastRequest
@@ -77,7 +63,7 @@ class Caster:
         same = plain and _is_plain_fp8(second) and first.operand.format == second.operand.format
         if same and second.through is None:
             return self._fp8_both(x, first, second)
-        if _is(first, "fp4-vector") and second.through == first and _is_plain_fp8(second):
+        if second.through == first and _is_recast(second):
             return self._fp4_and_recast(x, first, second)
         return None
 
@@ -102,13 +88,10 @@ class Caster:
         """An operand that starts from the value of another."""
         from_e4m3 = _is(through, "fp8-e4m3") and _is_plain_fp8(through)
         if from_e4m3 and _is(request, "mxfp4") and request.axis == 0:
-            from megafp4_kernels.amax import scale
-
-            of = scale(x, "fp8-e4m3", None)
+            of = _tensor_scale(x, through)
             _, col = self._mxfp4(x, None, request, of)
             return _operand(col, request)
-        to_e4m3 = _is(request, "fp8-e4m3") and _is_plain_fp8(request)
-        if to_e4m3 and _is(through, "fp4-vector") and through.axis == 1:
+        if _is_recast(request):
             return self._recast(x, request, through)
         return self._specified(x, request)
 
@@ -123,18 +106,20 @@ class Caster:
 
         any_of = row or col
         assert any_of is not None
-        at = self._position(any_of, x.device)
+        at = self.positions.of(any_of, x.device)
         plans = [None if one is None else self._plan(one, x.device) for one in (row, col)]
-        return quantize(x, at, *plans, col_from_e4m3=from_e4m3)
+        sums = None
+        if col is not None and _sums_on_the_way(x, col):
+            sums = col.sums
+        return quantize(x, at, *plans, col_from_e4m3=from_e4m3, col_sums=sums)
 
     def _e4m3_and_mxfp4(
         self, x: torch.Tensor, first: CastRequest, second: CastRequest
     ) -> tuple[Operand, Operand]:
-        from megafp4_kernels.amax import scale
         from megafp4_kernels.mxfp4 import E4M3Plan, quantize
 
-        of = scale(x, "fp8-e4m3", None)
-        at, plan = self._position(second, x.device), self._plan(second, x.device)
+        of = _tensor_scale(x, first)
+        at, plan = self.positions.of(second, x.device), self._plan(second, x.device)
         through = None if second.through is None else of
         row, col = quantize(x, at, E4M3Plan(of), plan, col_from_e4m3=through)
         return _operand(row, first), _operand(col, second)
@@ -142,11 +127,10 @@ class Caster:
     def _fp8_both(
         self, x: torch.Tensor, first: CastRequest, second: CastRequest
     ) -> tuple[Operand, Operand]:
-        from megafp4_kernels.amax import scale
         from megafp4_kernels.casts import cast
 
         fmt = first.operand.format
-        of = scale(x, fmt, None)
+        of = _tensor_scale(x, first)
         row, col = cast(x, fmt, of, row=True, col=True)
         assert row is not None
         assert col is not None
@@ -160,8 +144,10 @@ class Caster:
         spec, axis = request.operand, request.axis
         if spec.format not in DTYPES or spec.dither_bits != 8:
             return self._specified(x, request)
+        if (made := _rows_at_once(x, request)) is not None:
+            return Prepared(made.data, made.scale, spec.format)
         shared = spec.shared_scale == "tensor"
-        of = scale(x, spec.format, None if shared else axis)
+        of = _tensor_scale(x, request) if shared else scale(x, spec.format, axis)
         row, col = cast(
             x,
             spec.format,
@@ -170,7 +156,7 @@ class Caster:
             col=axis == 0,
             rounding=spec.rounding,
             prescale=spec.prescale,
-            position=self._position(request, x.device),
+            position=self.positions.of(request, x.device),
             stream=request.key.stream,
             offset="line" if axis == 1 else "k",
             scale_axis=None if shared else 1 - axis,
@@ -194,12 +180,18 @@ class Caster:
         from megafp4_kernels.recast import recast
 
         clamp = first.operand.clamp
-        if clamp is None or not first.operand.folds_outliers:
+        if clamp is None:
+            made = _rows_at_once(x, first, peak=True)
+            if made is None:
+                return None
+            used, peak = Prepared(made.data, made.scale, first.operand.format), made.peak
+        elif first.operand.folds_outliers:
+            found = occ(x, clamp.alpha, mode=clamp.mode, residual="folded")
+            used, peak = Prepared(found.data, found.scale, "fp8-e4m3"), found.peak
+        else:
             return None
-        found = occ(x, clamp.alpha, mode=clamp.mode, residual="folded")
-        _, col, of = recast(found.data, found.scale, peak=found.peak, col=True)
+        _, col, of = recast(used.data, used.scale, peak=peak, col=True)
         assert col is not None
-        used = Prepared(found.data, found.scale, "fp8-e4m3")
         return used, Prepared(col, of, second.operand.format)
 
     def _recast(self, x: torch.Tensor, request: CastRequest, through: CastRequest) -> Operand:
@@ -209,9 +201,11 @@ class Caster:
         clamp = through.operand.clamp
         row = request.axis == 1
         if clamp is None:
-            used = self._lines(x, through)
-            assert isinstance(used, Prepared)
-            by_row, by_col, of = recast(used.data, used.scale, row=row, col=not row)
+            made = _rows_at_once(x, through, peak=True)
+            used = made or self._lines(x, through)
+            assert not isinstance(used, torch.Tensor | QTensor | PackedOperand)
+            peak = None if made is None else made.peak
+            by_row, by_col, of = recast(used.data, used.scale, peak=peak, row=row, col=not row)
         else:
             found = occ(x, clamp.alpha, mode=clamp.mode, residual=clamp.residual)
             exact = clamp.residual == "exact"
@@ -241,7 +235,7 @@ class Caster:
             tile=spec.shared_scale == "tile",
             rounding=spec.rounding,
             prescale=spec.prescale,
-            position=self._position(request, x.device),
+            position=self.positions.of(request, x.device),
             stream=streams[0],
             offset="line" if request.axis == 1 else "k",
             hadamard=request.gemm.hadamard or 0,
@@ -254,7 +248,7 @@ class Caster:
 
     def _specified(self, x: torch.Tensor, request: CastRequest) -> Operand:
         """Cast by the specification, then bring the codes into the form of the tensor cores."""
-        if self.pinned is not None and _draws(request):
+        if self.positions.pinned(x.device) and _draws(request):
             raise UnsupportedError(
                 f"{request.operand} has no kernel that reads its random bits from the GPU, so a "
                 "CUDA graph would repeat them: leave train.cuda_graph off"
@@ -274,7 +268,7 @@ class Caster:
         return Prepared(lines.contiguous(), scale, operand.format.name)
 
     def _plan(self, request: CastRequest, device: torch.device) -> Plan:
-        from megafp4_kernels.mxfp4 import WINDOW, Plan
+        from megafp4_kernels.mxfp4 import Plan
 
         spec = request.operand
         if spec.rounding not in _MXFP4_ROUNDINGS or spec.dither_bits != 8:
@@ -283,12 +277,7 @@ class Caster:
                 f"not {spec.rounding!r} with {spec.dither_bits}: change the recipe or the backend"
             )
         streams = _streams(request)
-        window = None
-        if not request.packed:
-            name = streams[0], device
-            if name not in self._windows:
-                self._windows[name] = torch.zeros(WINDOW, dtype=torch.int32, device=device)
-            window = self._windows[name]
+        window = None if request.packed else self.windows.of(streams[0], device)
         return Plan(
             request.gemm.hadamard or 0,
             spec.rounding,
@@ -299,29 +288,8 @@ class Caster:
             window,
         )
 
-    def _position(self, request: CastRequest, device: torch.device) -> torch.Tensor:
-        """Seed, step and first token on the device, written there without waiting for it."""
-        if self.pinned is not None:
-            return self.pinned[request.side == "a" or request.key.gemm == "wgrad"]
-        seed, step, first = request.key.seed, request.key.step, max(request.origin)
-        name = seed, step, first, device
-        if name not in self._positions:
-            while len(self._positions) >= _POSITIONS:
-                del self._positions[next(iter(self._positions))]
-            position = torch.empty(3, dtype=torch.int64, device=device)
-            _write(position, seed, step, first)
-            self._positions[name] = position
-        return self._positions[name]
-
 
 _FLOAT8 = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
-
-
-def _write(position: torch.Tensor, seed: int, step: int, first_token: int) -> None:
-    """Fill a position; kernels that fill need no copy from the host, which would wait."""
-    signed = seed - (1 << 64) if seed >> 63 & 1 else seed
-    for i, number in enumerate((signed, step, first_token)):
-        position[i].fill_(number)
 
 
 def _draws(request: CastRequest) -> bool:
@@ -347,6 +315,41 @@ def _is_plain_fp8(request: CastRequest) -> bool:
         and spec.prescale == 1
         and request.gemm.hadamard is None
     )
+
+
+def _sums_on_the_way(x: torch.Tensor, request: CastRequest) -> bool:
+    """Whether the MXFP4 quantizer adds up the rows that it transforms."""
+    rotated = _is(request, "mxfp4") and request.gemm.hadamard is not None
+    return rotated and request.axis == 0 and request.through is None and x.dtype == torch.bfloat16
+
+
+def _tensor_scale(x: torch.Tensor, request: CastRequest) -> torch.Tensor:
+    """FP32 [1]: scale of all of a matrix, from its largest magnitude if that is known."""
+    from megafp4_kernels.amax import scale, scale_of
+
+    fmt = request.operand.format
+    return scale(x, fmt, None) if request.amax is None else scale_of(request.amax, fmt)
+
+
+def _is_recast(request: CastRequest) -> bool:
+    """Whether it is tensor-wise E4M3 of the value of E2M1 codes with one scale a row."""
+    through = request.through
+    if through is None or not (_is(request, "fp8-e4m3") and _is_plain_fp8(request)):
+        return False
+    spec, direct = through.operand, through.through is None and through.gemm.hadamard is None
+    plain = spec.shared_scale == "vector" and spec.statistic == "absmax" and spec.prescale == 1
+    return direct and plain and spec.format == "fp4-vector" and through.axis == 1
+
+
+def _rows_at_once(x: torch.Tensor, request: CastRequest, peak: bool = False) -> Lines | None:
+    """Scale and cast the rows in one pass, or None where they share a scale, draw or are long."""
+    from megafp4_kernels.lines import MAX_COLS, cast_lines
+
+    spec = request.operand
+    alone = request.axis == 1 and spec.shared_scale == "vector"
+    if not alone or spec.rounding == "stochastic" or x.shape[1] > MAX_COLS:
+        return None
+    return cast_lines(x, spec.format, rounding=spec.rounding, prescale=spec.prescale, peak=peak)
 
 
 def _sides(request: CastRequest) -> tuple[CastRequest | None, CastRequest | None]:

@@ -12,6 +12,7 @@ from megafp4.backends.base import (
     PackedOperand,
     Prepared,
     Slope,
+    Stateless,
     cast_all,
     finish,
     operand_format,
@@ -21,18 +22,22 @@ from megafp4.numerics import QTensor
 from megafp4.recipes.cast import CastRequest
 
 
-class SimulatedBackend(ABC):
+class SimulatedBackend(Stateless, ABC):
     """Casts with :mod:`megafp4.numerics`; a subclass multiplies."""
 
-    name: str
     accumulates = False
 
-    def check(self, a: str, b: str) -> None:  # noqa: B027  accepting is the default, not a gap
+    def check(self, a: str, b: str) -> None:
         """Accept every pair of formats."""
 
-    def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
+    def cast(
+        self,
+        x: torch.Tensor,
+        wanted: Sequence[CastRequest],
+        used: tuple[Operand, torch.Tensor | None] | None = None,
+    ) -> list[Operand]:
         """Cast; see :meth:`megafp4.backends.base.Backend.cast`."""
-        return cast_all(x, wanted)
+        return cast_all(x, wanted, used)
 
     def adopt(self, stored: QTensor) -> Operand:
         """Codes and scales are an operand as they are."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class CastRequest:
     """The operand whose value is cast, where it is not the matrix itself."""
     packed: bool = False
     """Whether the operand is to be kept for a while, its codes packed."""
+    sums: Tensor | None = field(default=None, compare=False)
+    """FP32 [cols], to be filled with the matrix's sums over its rows when it is cast."""
+    amax: Tensor | None = field(default=None, compare=False)
+    """FP32 [1]: the matrix's largest magnitude, where it is known without reading the matrix."""
 
     @property
     def operand(self) -> OperandSpec:
@@ -47,21 +52,33 @@ class CastRequest:
         return self.gemm.side(self.side)
 
 
-def cast_from(x: Tensor, request: CastRequest) -> tuple[QTensor | Tensor, Tensor]:
+class Used(NamedTuple):
+    """What fprop multiplied, for operands that start from its value."""
+
+    operand: QTensor | Tensor
+    outliers: Tensor | None
+    """What :func:`split_outliers` had cut off before."""
+
+
+def cast_from(
+    x: Tensor, request: CastRequest, used: Used | None = None
+) -> tuple[QTensor | Tensor, Tensor]:
     """Cast a matrix, or the value of another operand made of it.
 
     Args:
         x: FP32 or BF16 [rows, cols].
         request: The operand; its ``packed`` is up to the caller.
+        used: What ``request.through`` gives for x, if it has been made; no bit depends on it.
 
     Returns:
         As :func:`cast`.
     """
     if request.through is not None:
-        inner, outliers = split_outliers(x, request.through.operand)
-        used, _ = cast_from(inner, request.through)
-        x = value(used, request.through.operand)
-        x = x if outliers is None else x + outliers
+        if used is None:
+            inner, outliers = split_outliers(x, request.through.operand)
+            used = Used(cast_from(inner, request.through)[0], outliers)
+        x = value(used.operand, request.through.operand)
+        x = x if used.outliers is None else x.add_(used.outliers)
     return cast(
         x,
         request.gemm,
@@ -149,6 +166,28 @@ def split_outliers(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor | None]
     # In FP32: a difference of two BF16 values would be rounded to BF16.
     clamped, residual = clamp_outliers(x.float(), spec.clamp.alpha, spec.clamp.mode)
     return clamped, residual if spec.clamp.residual == "exact" else None
+
+
+def with_codes_of(
+    made: CastRequest, operand: QTensor | Tensor, wanted: CastRequest
+) -> QTensor | None:
+    """Another operand of the same matrix, if its codes are those of one that is made already.
+
+    Args:
+        made: The operand that exists.
+        operand: What it gave.
+        wanted: The other one.
+
+    Returns:
+        The operand along the other axis; None unless there is one scale for the tensor, and
+        neither random bits nor a Hadamard transform tell the two apart.
+    """
+    if not isinstance(operand, QTensor) or operand.scaling != "tensor":
+        return None
+    spec, other = made.operand, replace(wanted.operand, saved_as=made.operand.saved_as)
+    drawn = spec.rounding == "stochastic" or made.gemm.hadamard or wanted.gemm.hadamard
+    origin = made.through == wanted.through and made.segments == wanted.segments
+    return None if drawn or spec != other or not origin else replace(operand, axis=wanted.axis)
 
 
 def dge_slope(weight: Tensor, operand: QTensor | Tensor, dge: DGE) -> Tensor:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megafp4 import settings
+from megafp4.backends import Backend, HopperBackend, resolve_backend
+from megafp4.backends.sizes import check_tokens
 from megafp4.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from megafp4.data import corpus
 from megafp4.data.sidecar import check_vocabulary
@@ -33,6 +36,7 @@ from megafp4.train.batches import Batches
 from megafp4.train.graphs import Recorder
 from megafp4.train.guard import LossGuard
 from megafp4.train.metrics import Clock, Metrics, Screen, Workload, peak_flops
+from megafp4.train.quant_stats import raised_blocks
 from megafp4.train.summary import SUMMARY
 
 MAY_CHANGE = (
@@ -60,6 +64,8 @@ class Run:
     """Learning rate and clipping."""
     model: Decoder
     """What is trained."""
+    backend: Backend
+    """Who computes, shared by every linear of ``model``."""
     precision: Precision
     """Step and token counters, ledger and probe, shared by every linear of ``model``."""
     schedule: PrecisionSchedule
@@ -91,6 +97,11 @@ class Run:
     def runs_ahead(self) -> bool:
         """Whether the host need not wait for the device at every step."""
         return self.device.type == "cuda" and self.optimizer.can_run_ahead
+
+    def note_magnitudes(self) -> None:
+        """Tell the linears what the optimizer knows of their weights."""
+        for name, amax in self.optimizer.weight_amax.items():
+            self.precision.magnitudes.record(self.optimizer.params[name], amax)
 
     @property
     def steps(self) -> int:
@@ -126,7 +137,8 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
     device = torch.device(config.device)
     data = open_batches(config, device)
     precision = Precision(seed=config.train.seed, accumulates=True)
-    model = make_model(config, schedule, precision, device)
+    backend = resolve_backend(config.backend)
+    model = make_model(config, schedule, backend, precision, device)
     clock = Clock()
     work = Workload(
         steps=config.train.steps,
@@ -141,6 +153,7 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
         config.optim,
         config.train.seed,
         fused=device.type == "cuda",
+        weight_amax=device.type == "cuda" and _scales_weights(schedule, backend),
     )
     torch.manual_seed(config.train.seed)  # dropout; everything else has generators of its own
     recipe_name = _recipe_name(config)
@@ -154,6 +167,7 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
         train=config.train,
         optim=config.optim,
         model=model,
+        backend=backend,
         precision=precision,
         schedule=schedule,
         exempt=config.exempt,
@@ -163,7 +177,7 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
         data=data,
         guard=LossGuard(config.train.spike_factor, config.train.max_spikes),
         clock=clock,
-        metrics=Metrics(folder, work, screen, clock),
+        metrics=Metrics(folder, work, screen, clock, partial(raised_blocks, model, backend)),
         recorder=Recorder(model, precision) if config.train.cuda_graph else None,
     )
 
@@ -174,14 +188,25 @@ def _recipe_name(config: RunConfig) -> str:
     return f"{config.recipe}, {text}" if "@" in text else text or config.recipe
 
 
+def _scales_weights(schedule: PrecisionSchedule, backend: Backend) -> bool:
+    """Whether the backend scales weights as a whole and can be told their largest magnitudes."""
+    weights = [recipe.gemm(gemm).b for _, recipe in schedule.stages for gemm in ("fprop", "dgrad")]
+    scaled = any(each.quantized and each.shared_scale == "tensor" for each in weights)
+    return scaled and isinstance(backend, HopperBackend)
+
+
 def make_model(
-    config: RunConfig, schedule: PrecisionSchedule, precision: Precision, device: torch.device
+    config: RunConfig,
+    schedule: PrecisionSchedule,
+    backend: Backend,
+    precision: Precision,
+    device: torch.device,
 ) -> Decoder:
     """Build the model with its initial weights, on the grid where the recipe keeps them there."""
     recipe = schedule.recipe_at(0)
     with torch.device("meta"):  # what the constructors would draw is not used
         model = build_model(
-            config.model, _factory(config, recipe, precision), getattr(torch, config.dtype)
+            config.model, _factory(config, recipe, backend, precision), getattr(torch, config.dtype)
         )
     model.to_empty(device=device)
     init_weights(model, config.model, config.train.seed)
@@ -216,18 +241,19 @@ def check(config: RunConfig) -> PrecisionSchedule:
             f"data.train is empty and tokenizer {config.data.tokenizer!r} has no built-in text: "
             "make token files with megafp4 data preprocess and name them with --data.train"
         )
+    backend = resolve_backend(config.backend)
     for _, recipe in schedule.stages:
-        recipe.check_length("wgrad", config.train.micro_batch * config.model.seq_len)
+        check_tokens(recipe, backend, config.train.micro_batch * config.model.seq_len)
         with torch.device("meta"):  # widths and names are checked, nothing is allocated
-            build_model(config.model, _factory(config, recipe, Precision()))
+            build_model(config.model, _factory(config, recipe, backend, Precision()))
     return schedule
 
 
-def _factory(config: RunConfig, recipe: Recipe, precision: Precision) -> QuantizedFactory:
+def _factory(
+    config: RunConfig, recipe: Recipe, backend: Backend, precision: Precision
+) -> QuantizedFactory:
     layers = config.model.layers
-    return QuantizedFactory(
-        recipe, config.backend, precision, layers, config.exempt, config.saved_as
-    )
+    return QuantizedFactory(recipe, backend, precision, layers, config.exempt, config.saved_as)
 
 
 def open_batches(config: RunConfig, device: torch.device) -> Batches:

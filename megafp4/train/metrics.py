@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,13 +220,23 @@ class Metrics:
         work: What a step computes.
         screen: Where the user looks.
         clock: What times the steps.
+        raised: Counts raised blocks by layer, GEMM and operand; asked where statistics are
+            recorded, for it may wait for the device.
     """
 
-    def __init__(self, folder: Path, work: Workload, screen: Screen, clock: Clock) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        work: Workload,
+        screen: Screen,
+        clock: Clock,
+        raised: Callable[[], Mapping[tuple[str, str, str], int]] = dict,
+    ) -> None:
         self.screen = screen
         self.clock = clock
         self._folder = folder
         self._work = work
+        self._raised = raised
 
     def open(self, done: int) -> None:
         """Start writing behind step ``done``, dropping what an interrupted run wrote after it."""
@@ -277,8 +287,14 @@ class Metrics:
         self._write({"kind": "eval", "step": done, "loss": loss, "time_s": self.clock.wall_s})
 
     def statistics(self, rows: list[Row]) -> None:
-        """Record quantization statistics, one row per layer, GEMM and operand."""
+        """Record quantization statistics, one row per layer, GEMM and operand.
+
+        Operands that can have raised blocks also get their number since the run began.
+        """
+        raised = self._raised()
         for row in rows:
+            count = raised.get((row["layer"], row["gemm"], row["operand"]))
+            row |= {} if count is None else {"raised_blocks": count}
             finite = {
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in row.items()

@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
-from megafp4.numerics import QTensor, operand_statistics
+from megafp4.backends import Backend
+from megafp4.linear import Linear
+from megafp4.numerics import Key, QTensor, operand_statistics
 from megafp4.optim import Optimizer
+from megafp4.recipes import GEMMS
+
+OperandName = tuple[str, str, str]
+"""Layer, GEMM and operand (``a`` or ``b``)."""
 
 
 class Collector:
@@ -17,7 +24,7 @@ class Collector:
     """
 
     def __init__(self) -> None:
-        self._statistics: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self._statistics: dict[OperandName, dict[str, Any]] = {}
 
     @torch.no_grad()
     def __call__(self, layer: str, gemm: str, operand: str, x: torch.Tensor, q: QTensor) -> None:
@@ -32,6 +39,22 @@ class Collector:
             {"step": step, "layer": layer, "gemm": gemm, "operand": operand, **statistics}
             for (layer, gemm, operand), statistics in self._statistics.items()
         ]
+
+
+def raised_blocks(model: nn.Module, backend: Backend) -> dict[OperandName, int]:
+    """Blocks so far whose scale the backend raised, of each operand that can have any.
+
+    Waits for the device.
+    """
+    counts = backend.raised_blocks()
+    linears = [one.op for one in model.modules() if isinstance(one, Linear)] if counts else []
+    return {
+        (op.name, gemm, side): counts[stream]
+        for op in linears
+        for gemm in GEMMS
+        for side in ("a", "b")
+        if (stream := Key(0, 0, op.layer, gemm, side).stream) in counts
+    }
 
 
 def grid_rates(optimizer: Optimizer) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """What a checkpoint of a run holds, and how a run goes on from it.
 
-Tensors: the model's as they are stored (grid codes for DQT), the optimizer's moments, and the state
-of the generators that dropout draws from. JSON: how far the run is, the guard's running mean, the
-precision ledger, the clock. Data needs nothing: batches follow from the step.
+Tensors: the model's as they are stored (grid codes for DQT), the optimizer's moments, the state of
+the generators that dropout draws from, and what the backend carries from call to call. JSON: how
+far the run is, the guard's running mean, the precision ledger, the clock. Data needs nothing:
+batches follow from the step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from megafp4.errors import CheckpointError
 
 if TYPE_CHECKING:
     from megafp4.train.build import Run
+
+_BACKEND = "backend"  # group of tensors, where the backend carries any
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Progress:
 
 def save(run: Run, progress: Progress) -> None:
     """Write a checkpoint of the run as it is after ``progress.done`` steps."""
+    carried = run.backend.state_dict(run.device)
     losses = {"train_loss": progress.train_loss, "valid_loss": progress.valid_loss}
     checkpoint.save(
         run.folder / "checkpoints",
@@ -47,6 +51,7 @@ def save(run: Run, progress: Progress) -> None:
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "rng": checkpoint.capture_rng(run.device),
+            **({_BACKEND: carried} if carried else {}),
         },
         {
             **losses,
@@ -65,8 +70,8 @@ def restore(run: Run) -> Progress:
     """Bring a freshly built run to its latest checkpoint, if there is one.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, holds pickles, is of another model, or was
-            trained on other data.
+        CheckpointError: The checkpoint is damaged, holds pickles, is of another model or backend,
+            or was trained on other data.
     """
     folder = run.folder / "checkpoints"
     if not complete_steps(folder):
@@ -86,6 +91,7 @@ def restore(run: Run) -> Progress:
     run.model.load_state_dict(saved.tensors["model"])
     run.optimizer.load_state_dict(saved.tensors["optimizer"])
     checkpoint.restore_rng(saved.tensors["rng"], run.device)
+    run.backend.load_state_dict(saved.tensors.get(_BACKEND, {}), run.device)
     run.guard.load_state_dict(saved.meta["guard"])
     run.clock.load_state_dict(saved.meta["clock"])
     run.precision.ledger = Ledger.from_json(saved.meta["ledger"])

@@ -34,6 +34,7 @@ def write_summary(run: Run, progress: Progress) -> None:
         "train_loss": progress.train_loss,
         "bytes_per_parameter": memory_report(run.model.named_parameters(), run.optimizer),
         "ledger": ledger.by_gemm(),
+        "raised_blocks": sum(run.backend.raised_blocks().values()),
         "spikes": run.guard.spikes,
         "wall_s": run.clock.wall_s,
         "tokens_per_s": tokens_per_s,

@@ -23,7 +23,7 @@ from megafp4.numerics.fold import fold
 from megafp4.numerics.qtensor import unpack as unpack_codes
 
 from megafp4_kernels import amax as amax_kernels  # isort: skip
-from megafp4_kernels import casts, gemm, gemm_int8, mxfp4, nvfp4, outliers, recast  # isort: skip
+from megafp4_kernels import casts, gemm, gemm_int8, lines, mxfp4, nvfp4, outliers, recast  # isort: skip
 
 
 def key_of(stream: int, position: Tensor, step: int = -1) -> Key:
@@ -36,6 +36,10 @@ def key_of(stream: int, position: Tensor, step: int = -1) -> Key:
 def origin_of(offset: str, position: Tensor) -> tuple[int, int]:
     first = int(position[2])
     return (first if offset == "line" else 0, first if offset == "k" else 0)
+
+
+OCTAVES = 15
+"""Blocks this many octaves below a window's base keep their exponent; tests may allow fewer."""
 
 
 class Calls(list[str]):
@@ -60,8 +64,31 @@ def _mxfp4(x: Tensor, position: Tensor, plan: mxfp4.Plan) -> mxfp4.Folded | mxfp
     )
     if plan.output == "packed":
         return mxfp4.Packed(q.pack(), q.scales)
+    return _windowed(q, plan.window)
+
+
+def _windowed(q: QTensor, window: Tensor | None) -> mxfp4.Folded:
+    """Fold with the base that the window keeps, and raise the blocks too far below it."""
     folded = fold(q)
-    return mxfp4.Folded(folded.data, folded.scale.reshape(1).float())
+    if window is None or not q.values().any():
+        return mxfp4.Folded(folded.data, folded.scale.reshape(1).float())
+    chosen, base = int(folded.scale.log2()), int(window[1])
+    if not window[0] or not base + 4 <= chosen + 10 <= base + 13:
+        window[0], window[1] = 1, chosen
+        window[mxfp4.MOVED] += 1
+        base = chosen
+    low = q.scales.int() - 127 < base - OCTAVES
+    raised = low & q.values().view(*q.scales.shape, -1).any(-1)
+    window[mxfp4.RAISED] += raised.sum()
+    value, quantum = q.dequantize(), 2.0 ** (base - OCTAVES - 1)
+    coarse = (value / quantum).round() * quantum
+    value = torch.where(raised.repeat_interleave(mxfp4.BLOCK, 1), coarse, value)
+    data = torch.ldexp(value, torch.tensor(-base)).to(torch.float8_e5m2)
+    return mxfp4.Folded(data, torch.tensor([2.0**base]))
+
+
+def _scale_of(largest: Tensor, fmt: str) -> Tensor:
+    return scales_from_amax(largest.view(1, 1), fmt)[0].reshape(-1)
 
 
 def _scale(x: Tensor, fmt: str, axis: int | None) -> Tensor:
@@ -85,8 +112,14 @@ class Twins:
     def __init__(self) -> None:
         self.calls = Calls()
 
-    def quantize(self, x, position, row, col, *, col_from_e4m3=None):  # type: ignore[no-untyped-def]
+    def quantize(self, x, position, row, col, *, col_from_e4m3=None, col_sums=None):  # type: ignore[no-untyped-def]
         self.calls.append("mxfp4.both" if row and col else "mxfp4.row" if row else "mxfp4.col")
+        if col_sums is not None:
+            assert x.dtype == torch.bfloat16
+            assert col.hadamard
+            assert col_from_e4m3 is None
+            self.calls.append("mxfp4.sums")
+            torch.sum(x, 0, dtype=torch.float32, out=col_sums)
         first = second = None
         if isinstance(row, mxfp4.E4M3Plan):
             q = encode(x, "fp8-e4m3", row.scale.view(1, 1), scaling="tensor")
@@ -130,6 +163,14 @@ class Twins:
         )
         data = _as_operand(q)
         return data if row else None, data.t().contiguous() if col else None
+
+    def cast_lines(self, x, fmt, *, rounding="nearest-even", prescale=1.0, peak=False):  # type: ignore[no-untyped-def]
+        self.calls.append(f"lines.{fmt}")
+        q = quantize(x, fmt, 1, rounding, scaling="vector", prescale=prescale)
+        scale = q.scales.view(-1)
+        data = _as_operand(q)
+        largest = data.float().abs().amax(1) * scale if peak else None
+        return lines.Lines(data, scale, largest)
 
     def gemm(
         self,
@@ -231,7 +272,9 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         (mxfp4, "quantize", twins.quantize),
         (mxfp4, "unpack", twins.unpack),
         (amax_kernels, "scale", _scale),
+        (amax_kernels, "scale_of", _scale_of),
         (casts, "cast", twins.cast),
+        (lines, "cast_lines", twins.cast_lines),
         (gemm, "gemm", twins.gemm),
         (gemm_int8, "gemm_int8", twins.int8),
         (nvfp4, "quantize_nvfp4", twins.nvfp4),

@@ -40,7 +40,9 @@ def train_step(
         precision.first_token += 192
     assert x.grad is not None
     assert linear.weight.grad is not None
-    return linear, [y.detach(), x.grad, linear.weight.grad]
+    assert linear.bias is not None
+    assert linear.bias.grad is not None
+    return linear, [y.detach(), x.grad, linear.weight.grad, linear.bias.grad]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -60,18 +62,28 @@ def test_a_step_equals_the_references(name: str, calls: Calls) -> None:
     [
         ("bf16", []),
         # dY for both GEMMs in one pass, the weight, the activation.
-        ("mxfp4", ["mxfp4.both", "mxfp4.col", "gemm", "mxfp4.col", "gemm"]),
-        # The activation for forward and wgrad in one pass.
-        (
-            "mxfp4-fp8",
-            ["mxfp4.both", "cast.fp8-e4m3", "gemm", "mxfp4.both", "mxfp4.col", "gemm", "gemm"],
-        ),
+        ("mxfp4", ["mxfp4.both", "mxfp4.sums", "mxfp4.col", "gemm", "mxfp4.col", "gemm"]),
+        # The activation for forward and wgrad in one pass, the weight for forward and dgrad.
+        ("mxfp4-fp8", ["mxfp4.both"] * 2 + ["gemm", "mxfp4.both", "mxfp4.sums", "gemm", "gemm"]),
         (
             "fp8",
             [
                 *("cast.fp8-e4m3", "cast.fp8-e4m3", "gemm"),
-                *("cast.fp8-e5m2", "cast.fp8-e4m3", "gemm"),
-                *("cast.fp8-e4m3", "gemm"),
+                *("cast.fp8-e5m2", "gemm", "cast.fp8-e4m3", "gemm"),
+            ],
+        ),
+        (
+            "fp4-folded",
+            [
+                *("occ.folded", "recast", "lines.fp4-vector", "recast", "gemm"),
+                *("cast.fp8-e5m2", "gemm", "gemm"),
+            ],
+        ),
+        (
+            "fp4-direct",
+            [
+                *("lines.fp4-vector", "recast", "lines.fp4-vector", "recast", "gemm"),
+                *("cast.fp8-e5m2", "gemm", "gemm"),
             ],
         ),
     ],
@@ -85,8 +97,14 @@ def test_what_one_pass_can_serve_is_asked_for_together(
 
 def test_weights_are_quantized_once_a_step(calls: Calls) -> None:
     train_step("mxfp4-fp8", "hopper", micro_batches=3)
-    assert calls.count("cast.fp8-e4m3") == 1
+    assert calls.count("mxfp4.both") == 1 + 2 * 3  # the weight, activations and gradients
     assert calls.count("gemm") == 9
+
+
+def test_a_weight_that_is_only_read_is_cast_for_forward_alone(calls: Calls) -> None:
+    linear = Linear(64, 128, recipe="fp4-folded", backend="hopper").requires_grad_(False)
+    linear(torch.randn(192, 64).bfloat16())
+    assert calls == ["occ.folded", "lines.fp4-vector", "gemm"]
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp4-fp8", "nvfp4", "fp8", "fp4", "fp4-folded"])
@@ -139,7 +157,8 @@ def test_pinned_positions_rule(calls: Calls) -> None:
     y = again(x)
     y.backward((torch.randn(192, 128) * 1e-4).bfloat16())
     assert all(
-        torch.equal(a, b) for a, b in zip((y, x.grad, again.weight.grad), eager, strict=True)
+        torch.equal(a, b)
+        for a, b in zip((y, x.grad, again.weight.grad, again.bias.grad), eager, strict=True)
     )
 
 
@@ -162,9 +181,8 @@ def test_a_pinned_position_reaches_values_behind_an_operand_or_is_refused(
     linear = Linear(64, 128, recipe=recipe, backend=backend, precision=Precision(seed=1))
     x = torch.randn(192, 64).bfloat16().requires_grad_()
     backend.pin_position(1, 5, 0, torch.device("cpu"))
-    y = linear(x)
     with pytest.raises(UnsupportedError, match=r"would repeat them: leave train\.cuda_graph off"):
-        y.backward(torch.ones_like(y))
+        linear(x).backward(torch.ones(192, 128).bfloat16())
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:

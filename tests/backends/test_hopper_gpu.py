@@ -10,6 +10,7 @@ import torch
 from megafp4.backends.hopper import HopperBackend, device_capability
 from megafp4.linear import Linear
 from megafp4.numerics import QTensor
+from megafp4.optim import clip_grad_norm_on_device, global_norm
 from megafp4.precision import Precision
 from megafp4.recipes import Recipe, get_recipe, recipe_names
 
@@ -141,3 +142,23 @@ def test_a_probe_sees_the_specifications_codes() -> None:
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     linear(x).float().square().sum().backward()
     assert sorted(seen) == ["dgrad.a:mxfp4", "wgrad.a:mxfp4", "wgrad.b:mxfp4"]
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4", "mxfp4-fp8", "fp8", "fp4-folded"])
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_the_norm_comes_out_of_the_epilogue(recipe: str, accumulates: bool) -> None:
+    linear, _ = train_step(recipe, "hopper", (512, 256, 384))
+    precision = linear.op.precision
+    precision.accumulates, precision.measures = accumulates, True
+    x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(512, 384, device="cuda", dtype=torch.bfloat16)
+    if not accumulates:
+        linear.weight.grad = None
+    linear(x).backward(dy)
+    assert precision.squares.of(linear.weight) is not None
+    expected = global_norm(one.grad for one in linear.parameters() if one.grad is not None)
+    norm, _ = clip_grad_norm_on_device(linear.parameters(), 1.0, precision.squares.of)
+    assert float(norm) == pytest.approx(expected, rel=1e-6)
+    assert linear.weight.grad is not None
+    linear.weight.grad.mul_(2)
+    assert precision.squares.of(linear.weight) is None

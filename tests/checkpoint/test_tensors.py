@@ -118,6 +118,45 @@ def test_what_is_not_a_plain_tensor(tmp_path: Path, value: object, message: str)
         checkpoint.save(tmp_path, 1, {"model": {"x": value}}, {})
 
 
+@pytest.fixture
+def gpu_state(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """A GPU whose generator is a tensor, by the name of the device that was asked for."""
+    states = {"cuda:1": torch.arange(16, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[str(device)].clone())
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_rng_state",
+        lambda state, device: states.__setitem__(str(device), state.clone()),
+    )
+    return states
+
+
+def test_the_generator_of_the_runs_gpu_is_saved_and_restored(
+    tmp_path: Path, gpu_state: dict[str, Tensor]
+) -> None:
+    device = torch.device("cuda:1")
+    saved = gpu_state["cuda:1"].clone()
+    checkpoint.save(tmp_path, 1, {"rng": checkpoint.capture_rng(device)}, {})
+    expected = torch.rand(5)
+    gpu_state["cuda:1"] = torch.zeros(16, dtype=torch.uint8)
+    checkpoint.restore_rng(checkpoint.load(tmp_path).tensors["rng"], device)
+    assert torch.equal(gpu_state["cuda:1"], saved)
+    assert torch.equal(torch.rand(5), expected)
+
+
+@pytest.mark.parametrize("of_gpu", [None, torch.zeros(3, dtype=torch.uint8)])
+def test_a_checkpoint_without_the_gpus_generator_changes_nothing(
+    gpu_state: dict[str, Tensor], of_gpu: Tensor | None
+) -> None:
+    state = checkpoint.capture_rng() | ({} if of_gpu is None else {"torch_cuda": of_gpu})
+    torch.rand(3)
+    before, of_cpu = gpu_state["cuda:1"].clone(), torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=r"'torch_cuda' is .*, expected torch.uint8 \[16\]"):
+        checkpoint.restore_rng(state, torch.device("cuda:1"))
+    assert torch.equal(gpu_state["cuda:1"], before)
+    assert torch.equal(torch.get_rng_state(), of_cpu)
+
+
 def test_random_generator_round_trip(tmp_path: Path) -> None:
     torch.manual_seed(1)
     torch.rand(7)

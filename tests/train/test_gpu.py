@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from megafp4 import checkpoint
+from megafp4.config import RunConfig
 from megafp4.errors import CheckpointError
+from megafp4.models import layers
 from megafp4.models.execution import Execution
 from megafp4.train import loop
 from megafp4.train.ahead import DeviceGuard
@@ -70,6 +73,55 @@ def test_the_generator_of_the_gpu_is_restored() -> None:
     assert torch.equal(torch.rand(5, device=device), drawn)
     with pytest.raises(CheckpointError, match="torch_cuda' is missing"):
         checkpoint.restore_rng(checkpoint.capture_rng(), device)
+
+
+def gradients(
+    config: RunConfig, patch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss and gradients of the first micro-batch; attention by a kernel that adds in one order."""
+    patch.setattr(layers, "ATTENTION", (SDPBackend.MATH,))
+    run = build(config, quiet=True)
+    torch.manual_seed(3)
+    loss = run.model(*run.data.training(0)[0])
+    loss.backward()
+    grads = [parameter.grad for parameter in run.model.parameters()]
+    assert all(grad is not None for grad in grads)
+    return loss.detach(), [grad.double() for grad in grads if grad is not None]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recipe", ["bf16", "mxfp4", "mxfp4-fp8"])
+def test_recomputing_changes_no_bit(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, recompute: str
+) -> None:
+    """The same kernels see the same tensors again, dropout's generator rewound."""
+    changes = {"recipe": recipe, "dropout": 0.1, "compile": False}
+    loss, grads = gradients(on_gpu(corpus, tmp_path / "none", **changes), monkeypatch)
+    config = on_gpu(corpus, tmp_path / recompute, recompute=recompute, **changes)
+    again_loss, again = gradients(config, monkeypatch)
+    assert torch.equal(again_loss, loss)
+    assert [torch.equal(a, b) for a, b in zip(again, grads, strict=True)].count(False) == 0
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(("recipe", "bound"), [("bf16", 2**-8), ("mxfp4", 1e-2)])
+def test_recomputing_compiled_pieces_changes_their_rounding_at_most(
+    corpus: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    bound: float,
+    recompute: str,
+) -> None:
+    """Forward is the same code. What is recomputed without autograd is compiled apart and may sum
+    in another order, so that inputs of linears differ by BF16's rounding, and MXFP4 draws by it."""
+    changes = {"recipe": recipe, "compile": True}
+    loss, grads = gradients(on_gpu(corpus, tmp_path / "none", **changes), monkeypatch)
+    config = on_gpu(corpus, tmp_path / recompute, recompute=recompute, **changes)
+    again_loss, again = gradients(config, monkeypatch)
+    assert torch.equal(again_loss, loss)
+    for mine, expected in zip(again, grads, strict=True):
+        assert (mine - expected).norm() <= bound * expected.norm()
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "mxfp4"])

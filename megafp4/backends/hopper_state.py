@@ -1,0 +1,134 @@
+"""What Hopper's kernels find on the GPU from call to call: windows, and where in the run they are.
+
+A *window* holds the base exponent that an MXFP4 operand is folded with, see
+:mod:`megafp4_kernels.mxfp4`. Values depend on it for raised blocks alone, so a resumed run is exact
+only if it goes on with the windows that were saved. A *position* is what random bits are keyed by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from megafp4.errors import CheckpointError
+from megafp4.recipes.cast import CastRequest
+
+# Positions kept on the device: those of the micro-batches whose backward is still to come.
+_POSITIONS = 64
+_PREFIX = "window."  # and the stream: a window's name in checkpoints
+
+
+class Windows:
+    """Windows of all operands: int32 [8] by random stream and device, zero to begin with."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def of(self, stream: int, device: torch.device) -> torch.Tensor:
+        """Window of an operand, at the same address for good: graphs hold it."""
+        from megafp4_kernels.mxfp4 import WINDOW
+
+        if (stream, device) not in self._kept:
+            self._kept[stream, device] = torch.zeros(WINDOW, dtype=torch.int32, device=device)
+        return self._kept[stream, device]
+
+    def raised_blocks(self) -> dict[int, int]:
+        """Raised blocks so far by stream, over all devices; waits for each device once."""
+        from megafp4_kernels.mxfp4 import RAISED
+
+        found: dict[int, int] = {}
+        for device in {device for _, device in self._kept}:
+            windows = self._on(device)
+            counts = torch.stack(list(windows.values()))[:, RAISED].tolist()
+            for stream, count in zip(windows, counts, strict=True):
+                found[stream] = found.get(stream, 0) + count
+        return found
+
+    def state_dict(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The windows themselves, which go on changing, by the names of a checkpoint."""
+        return {f"{_PREFIX}{stream}": kept for stream, kept in self._on(_indexed(device)).items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Set all windows on a device: those without a saved state to zero.
+
+        Raises:
+            CheckpointError: A name or a tensor is not that of a window; nothing is changed then.
+        """
+        from megafp4_kernels.mxfp4 import WINDOW
+
+        device, loaded = _indexed(device), {}
+        for name, saved in state.items():
+            stream = name.removeprefix(_PREFIX)
+            if stream == name or not stream.isdecimal():
+                raise CheckpointError(
+                    f"the checkpoint holds {name!r}, which is not a window of backend 'hopper': "
+                    "continue with the backend that saved it"
+                )
+            if saved.dtype != torch.int32 or saved.shape != (WINDOW,):
+                raise CheckpointError(
+                    f"{name!r} of the checkpoint is {saved.dtype} {list(saved.shape)} instead of "
+                    f"torch.int32 [{WINDOW}]: load a checkpoint of this version of megafp4"
+                )
+            loaded[int(stream)] = saved
+        for window in self._on(device).values():
+            window.zero_()
+        for number, saved in loaded.items():
+            self.of(number, device).copy_(saved)
+
+    def _on(self, device: torch.device) -> dict[int, torch.Tensor]:
+        return {stream: window for (stream, on), window in self._kept.items() if on == device}
+
+
+class Positions:
+    """Seed, step and first token, int64 [3] on the device, written there without waiting for it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
+        self._pins: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pinned: set[torch.device] = set()
+
+    def pin(self, seed: int, step: int, first_token: int, device: torch.device) -> None:
+        """Write a position where casts on a device read it from now on."""
+        device = _indexed(device)
+        if device not in self._pins:  # made once: graphs hold their addresses
+            weights, activations = torch.empty(2, 3, dtype=torch.int64, device=device)
+            self._pins[device] = weights, activations
+        self._pinned.add(device)
+        of_weights, of_activations = self._pins[device]
+        _write(of_weights, seed, step, 0)
+        _write(of_activations, seed, step, first_token)
+
+    def unpin(self) -> None:
+        """Let casts on all devices again read the position that they are asked for."""
+        self._pinned.clear()
+
+    def pinned(self, device: torch.device) -> bool:
+        """Whether casts on a device read the position that was pinned."""
+        return device in self._pinned
+
+    def of(self, request: CastRequest, device: torch.device) -> torch.Tensor:
+        """Position that an operand's random bits are drawn at."""
+        if device in self._pinned:
+            return self._pins[device][request.side == "a" or request.key.gemm == "wgrad"]
+        seed, step, first = request.key.seed, request.key.step, max(request.origin)
+        name = seed, step, first, device
+        if name not in self._kept:
+            while len(self._kept) >= _POSITIONS:
+                del self._kept[next(iter(self._kept))]
+            position = torch.empty(3, dtype=torch.int64, device=device)
+            _write(position, seed, step, first)
+            self._kept[name] = position
+        return self._kept[name]
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A device as tensors name it: ``cuda`` is the current GPU."""
+    return torch.empty(0, device=device).device
+
+
+def _write(position: torch.Tensor, seed: int, step: int, first_token: int) -> None:
+    """Fill a position; kernels that fill need no copy from the host, which would wait."""
+    signed = seed - (1 << 64) if seed >> 63 & 1 else seed
+    for i, number in enumerate((signed, step, first_token)):
+        position[i].fill_(number)
