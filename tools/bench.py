@@ -1,6 +1,8 @@
 """Measure kernels, linear layers and training steps on one GPU, each beside its baseline.
 
     python tools/bench.py quantize|gemm|linear|step [--out docs/results/NAME] [options]
+    python tools/bench.py compare BEFORE AFTER
+    python tools/bench.py roofline RESULTS ... --out roofline.png
 
 Every row is checked against the specification before it is timed; a row that fails shows no speed
 and the command ends with exit status 1. See docs/performance.md for how to read the tables.
@@ -9,70 +11,151 @@ and the command ends with exit status 1. See docs/performance.md for how to read
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
-from benchmarks import gemm, linear, quantize, step
+from benchmarks import compare, gemm, linear, quantize, step
+from benchmarks.environment import refuse_dirty_tree
+from benchmarks.plots import draw_roofline
 from benchmarks.report import Report
-
-Out = Annotated[str, tyro.conf.arg(help="Folder for results.json, table.md and plot.png.")]
-
-
-def run_quantize(out: Out = "", tokens: int = 16384, width: int = 4096, rounds: int = 20) -> int:
-    """Quantizers and casts on one BF16 matrix: microseconds and TB/s."""
-    return _finish(quantize.measure(tokens, width, rounds), out)
+from benchmarks.session import Session
+from benchmarks.step_run import Setup
 
 
-def run_gemm(out: Out = "", tokens: int = 16384, rounds: int = 10) -> int:
-    """FP8 GEMMs of the GPT-6.7B linears: TFLOP/s and error against float64."""
-    return _finish(gemm.measure(tokens, rounds), out)
+@dataclass(frozen=True)
+class Common:
+    """What all measuring commands take."""
+
+    out: str = ""
+    """Folder for results.json, which is kept up to date while it runs, and table and plots."""
+    rows: str = "*"
+    """Only rows whose name matches one of these globs, separated by semicolons."""
+    allow_dirty: bool = False
+    """Measure although the working tree differs from every commit."""
+
+    def session(self, budget: float) -> Session:
+        """Begin.
+
+        Raises:
+            RuntimeError: There is no GPU, or the tree is dirty.
+        """
+        if not torch.cuda.is_available():
+            raise RuntimeError("no CUDA GPU is visible to torch: run this on an H100 or H200")
+        if not self.allow_dirty:
+            refuse_dirty_tree()
+        folder = Path(self.out) if self.out else None
+        return Session(self.rows, budget, folder, ("python", *sys.argv))
+
+
+Shared = tyro.conf.OmitArgPrefixes[Common]
+Budget = Annotated[float, tyro.conf.arg(help="Seconds after which no further row is started.")]
+_COMMON = Common()
+
+
+def run_quantize(
+    common: Shared = _COMMON,
+    budget: Budget = 60.0,
+    tokens: int = 16384,
+    width: int = 4096,
+    rounds: int = 20,
+) -> int:
+    """Quantizers and casts on one matrix: microseconds, TB/s and fraction of the roofline."""
+    return _finish(quantize.measure(common.session(budget), tokens, width, rounds))
+
+
+def run_gemm(
+    common: Shared = _COMMON, budget: Budget = 60.0, tokens: int = 16384, rounds: int = 10
+) -> int:
+    """8-bit GEMMs of the GPT-6.7B linears: TFLOP/s and error against float64."""
+    return _finish(gemm.measure(common.session(budget), tokens, rounds))
 
 
 def run_linear(
-    out: Out = "",
+    common: Shared = _COMMON,
+    budget: Budget = 120.0,
     tokens: int = 16384,
-    rounds: int = 10,
-    recipes: str = "mxfp4,mxfp4-fp8,fp4-folded,fp8",
+    rounds: int = 8,
+    recipes: str = ",".join(linear.RECIPES),
     shapes: str = "qkv,out,up,down",
     peers: bool = True,
 ) -> int:
-    """Forward and backward of the GPT-6.7B linears, against BF16 and, with peers, torchao."""
-    found = linear.measure(tokens, rounds, recipes.split(","), shapes.split(","), peers)
-    return _finish(found, out)
+    """Forward and backward of the GPT-6.7B linears, against BF16 and other libraries' FP8."""
+    session = common.session(budget)
+    chosen = recipes.split(","), shapes.split(",")
+    return _finish(linear.measure(session, tokens, rounds, *chosen, peers))
 
 
 def run_step(
-    out: Out = "",
+    common: Shared = _COMMON,
+    budget: Budget = 100.0,
     preset: str = "gpt-6.7b",
-    recipes: str = "bf16,mxfp4-fp8",
+    recipes: str = "mxfp4-fp8",
     layers: int = 0,
     micro_batch: int = 4,
     micro_batches: int = 1,
-    steps: int = 6,
+    steps: int = 20,
     graph: bool = True,
+    recompute: Literal["none", "selective", "full"] = "none",
+    saved_as: Literal["recipe", "input", "operand", "packed"] = "recipe",
+    optim_states: str = "",
+    band: float = 0.05,
 ) -> int:
-    """Whole training steps of a preset, optimizer included, on random tokens: tokens/s."""
-    shape = layers, micro_batch, micro_batches
-    return _finish(step.measure(preset, recipes.split(","), *shape, steps, graph), out)
+    """Whole training steps of a preset, optimizer included: tokens/s, MFU and losses.
+
+    BF16 runs first, each recipe in a process of its own. The mean loss of the last quarter of the
+    steps must lie within the band, a relative difference, around BF16's.
+    """
+    setup = Setup(
+        preset=preset,
+        recipe="bf16",
+        steps=steps,
+        layers=layers,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        graph=graph,
+        recompute=recompute,
+        saved_as=saved_as,
+        optim_states=optim_states,
+    )
+    return _finish(step.measure(common.session(budget), setup, recipes.split(","), band))
 
 
-def _finish(report: Report, out: str) -> int:
+def run_compare(before: tyro.conf.Positional[str], after: tyro.conf.Positional[str]) -> int:
+    """Print two results of one command side by side; each is a results.json or its folder."""
+    compare.show(compare.load(Path(before)), compare.load(Path(after)))
+    return 0
+
+
+def run_roofline(results: tyro.conf.Positional[tuple[str, ...]], out: str = "roofline.png") -> int:
+    """Draw the roofline of one or several results, such as those of quantize and gemm."""
+    found = [compare.load(Path(one)) for one in results]
+    gpu = next((one["environment"].get("gpu", "") for one in found), "")
+    draw_roofline(Path(out), f"Measured roofline, {gpu}".rstrip(", "), found)
+    return 0
+
+
+def _finish(report: Report) -> int:
+    report.finish()
     report.show()
-    if out:
-        report.write(Path(out), ["python", *sys.argv])
     return int(report.failed)
 
 
-COMMANDS = {"quantize": run_quantize, "gemm": run_gemm, "linear": run_linear, "step": run_step}
+COMMANDS = {
+    "quantize": run_quantize,
+    "gemm": run_gemm,
+    "linear": run_linear,
+    "step": run_step,
+    "compare": run_compare,
+    "roofline": run_roofline,
+}
 
 
 def main(arguments: list[str]) -> int:
-    """Run one benchmark; 1 if a row failed its check, 2 if it cannot run."""
+    """Run one command; 1 if a row failed its check, 2 if it cannot run."""
     try:
-        if not torch.cuda.is_available():
-            raise RuntimeError("no CUDA GPU is visible to torch: run this on an H100 or H200")
         code: int = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments)
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,128 +1,200 @@
-"""Training steps of a preset on random tokens: forward, backward, clipping and AdamW."""
+"""Training steps of a preset: forward, backward, clipping and AdamW, recipe after recipe."""
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from benchmarks.ceilings import COPY, PRODUCTS
 from benchmarks.report import Report
-from megafp4.models import QuantizedFactory, build_model, flops_per_token, get_preset
-from megafp4.models.decoder import Decoder
-from megafp4.models.execution import Execution
-from megafp4.optim import build_optimizer, clip_grad_norm_on_device
-from megafp4.precision import Precision
-from megafp4.train.graphs import Recorder
+from benchmarks.session import Session
+from benchmarks.step_run import Outcome, Setup
+from megafp4.models import flops_per_token
+from megafp4.train.metrics import peak_flops
 
-_COLUMNS = ("recipe", "tokens/s", "ms", "x BF16", "TFLOP/s (half)", "TFLOP/s (full)", "peak GiB")
-_LEARNING_RATE = 1e-5
+LEAST_STEPS = 20
+_COLUMNS = (
+    "recipe",
+    "tokens/s",
+    "ms",
+    "p10 ms",
+    "p90 ms",
+    "x BF16",
+    "TFLOP/s (half)",
+    "TFLOP/s (full)",
+    "MFU (half)",
+    "MFU (full)",
+    "HFU",
+    "of roofline",
+    "peak GiB",
+    "last losses",
+)
+Runner = Callable[[Setup, float], Outcome]
+"""Runs a setup within so many seconds."""
 
 
 def measure(
-    preset: str,
+    session: Session,
+    setup: Setup,
     recipes: Sequence[str],
-    layers: int,
-    micro_batch: int,
-    micro_batches: int,
-    steps: int,
-    graph: bool,
+    band: float,
+    run: Runner | None = None,
 ) -> Report:
-    """Time steps of each recipe; the check is that the loss of one repeated batch falls."""
-    name = f"{preset}, micro-batch {micro_batch}, {micro_batches} a step"
-    report = Report(f"Training step of {name}", _COLUMNS, "tokens/s")
-    base = None
-    for recipe in recipes:
-        ms, losses, model, tokens = _run(
-            preset, recipe, layers, micro_batch, micro_batches, steps, graph
+    """Time steps of BF16 and of each recipe, each in a process of its own.
+
+    The check of a recipe is that the mean loss of the last quarter of its steps lies within a
+    band around BF16's on the same batches; that of BF16, that its loss fell.
+
+    Args:
+        session: Rows that are wanted, budget, ceilings.
+        setup: What is trained; its recipe does not matter.
+        recipes: Names; BF16 always comes first.
+        band: Largest relative difference of the losses.
+        run: Who runs a setup; a process of its own by default.
+
+    Raises:
+        ValueError: Fewer timed steps than 20.
+    """
+    if setup.steps < LEAST_STEPS:
+        raise ValueError(
+            f"{setup.steps} timed steps were asked for: give at least {LEAST_STEPS}, or the "
+            "percentiles mean nothing"
         )
-        config = model.config
-        speed = tokens / ms * 1e3
-        base = speed if recipe == "bf16" else base
-        half, full = (
-            flops_per_token(config, config.seq_len, kind) * speed / 1e12
-            for kind in ("half", "full")
-        )
-        report.add(
-            recipe,
-            speed,
-            ms,
-            speed / base if base else "",
-            half,
-            full,
-            torch.cuda.max_memory_allocated() / 2**30,
-            error=losses[-1] / losses[0],
-            limit=0.999,
-            losses=losses,
-            layers=config.layers,
-        )
-        del model
-        gc.collect()
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    micro = f"micro-batch {setup.micro_batch}, {setup.micro_batches} a step"
+    report = session.report(f"Training step of {setup.preset}, {micro}", _COLUMNS, "tokens/s")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the processes need all of it
+    base: Outcome | None = None
+    for recipe in ("bf16", *(name for name in recipes if name != "bf16")):
+        if recipe != "bf16" and not session.starts(report, recipe):
+            continue
+        try:
+            found = (run or in_a_process)(replace(setup, recipe=recipe), session.left())
+        except RuntimeError as error:
+            report.leave_out(recipe, str(error), failed=True)
+            if recipe == "bf16":
+                return report
+            continue
+        base = base or found
+        _add(report, session, replace(setup, recipe=recipe), found, base, band)
     return report
 
 
-def _run(
-    preset: str,
-    recipe: str,
-    layers: int,
-    micro_batch: int,
-    micro_batches: int,
-    steps: int,
-    graph: bool,
-) -> tuple[float, list[float], Decoder, int]:
-    run = get_preset(preset)
-    config = replace(run.model, dropout=0.0, layers=layers or run.model.layers)
-    precision = Precision(seed=1, accumulates=True)
-    factory = QuantizedFactory(recipe, "hopper", precision, config.layers)
-    with torch.device("meta"):
-        model = build_model(config, factory, torch.bfloat16)
-    model.to_empty(device="cuda")
-    _initialize(model)
-    model.execute(Execution(compiled=True))
-    optimizer = build_optimizer(model.named_parameters(), run.optim, 0, fused=True)
-    recorder = Recorder(model, precision) if graph else None
-    shape = micro_batches, micro_batch, config.seq_len + 1
-    ids = torch.randint(config.vocab_size, shape, device="cuda")
-    batches = [(one[:, :-1].contiguous(), one[:, 1:].contiguous()) for one in ids]
-    shares = torch.full((micro_batches,), 1.0 / micro_batches, device="cuda")
-    skip = torch.zeros((), device="cuda")
+def in_a_process(setup: Setup, seconds: float) -> Outcome:
+    """Run a setup in a process of its own.
 
-    def step(number: int) -> torch.Tensor:
-        loss = None if recorder is None else recorder.accumulate(batches, shares, number)
-        if loss is None:
-            loss, precision.step = torch.zeros((), device="cuda"), number
-            for index, (tokens, targets) in enumerate(batches):
-                precision.first_token = index * tokens.numel()
-                part = model(tokens, targets) * shares[index]
-                part.backward()
-                loss += part.detach()
-        _, scale = clip_grad_norm_on_device(model.parameters(), run.optim.clip_grad)
-        optimizer.step(number, _LEARNING_RATE, grad_scale=scale, skip=skip)
-        optimizer.zero_grad()
-        return loss.clone()
-
-    losses = [float(step(number)) for number in range(4)]
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    rest = [step(4 + number) for number in range(steps)]
-    torch.cuda.synchronize()
-    ms = 1e3 * (time.perf_counter() - started) / steps
-    return ms, [*losses, *map(float, rest)], model, ids[..., 1:].numel()
+    Raises:
+        RuntimeError: It failed, or did not finish in time.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(one for one in sys.path if one)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "outcome.json"
+        given = json.dumps(asdict(setup))
+        command = [sys.executable, "-m", "benchmarks.step_run", given, str(path)]
+        limit = None if math.isinf(seconds) else max(seconds, 1.0)
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"it did not finish within the {seconds:.0f} s left") from None
+        if done.returncode:
+            last = next(reversed(done.stderr.strip().splitlines()), "no message")
+            raise RuntimeError(f"it ended with status {done.returncode}: {last}")
+        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _initialize(model: Decoder) -> None:
-    """Random weights, drawn on the device."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, 0.02)
+class Work(NamedTuple):
+    """FLOPs of a token."""
+
+    half: float
+    """Of the model, a causal query meeting half of the keys."""
+    full: float
+    """Of the model, a query meeting all keys."""
+    hardware: float
+    """What is computed: ``half``, the scores that flash attention makes again in backward, and
+    recomputed blocks."""
+    linears: float
+    """The part of ``hardware`` in the linears of the blocks, recomputation included."""
+
+
+def work_of(setup: Setup) -> Work:
+    """Count the FLOPs of a token."""
+    model = setup.run_config().model
+    half, full = (flops_per_token(model, model.seq_len, kind) for kind in ("half", "full"))
+    attention = full - half  # the half convention's share of it
+    linears = half - attention - 6 * model.hidden * model.vocab_size
+    hardware: float = half + attention / 6  # one of six causal products more
+    if setup.recompute == "full":
+        hardware += (linears + attention) / 3
+        linears *= 4 / 3
+    return Work(half, full, hardware, linears)
+
+
+def least_ms(work: Work, tokens: int, found: Outcome, ceilings: Mapping[str, float]) -> float:
+    """Time of a step in which every product ran at its ceiling and AdamW at that of copying.
+
+    The linears' products at the rates of the tensor cores they ran on, everything else in BF16;
+    AdamW reads parameter, gradient and states and writes parameter and states.
+    """
+    count = sum(found.products.values())
+    per_tera = sum(
+        share / count / ceilings[PRODUCTS[kind]] for kind, share in found.products.items()
+    )
+    rest = (work.hardware - work.linears) / ceilings[PRODUCTS["bf16"]]
+    products = tokens * (work.linears * per_tera + rest) / 1e9
+    moved = 12 * found.parameters + 2 * found.state_bytes
+    return products + moved / ceilings[COPY] / 1e9
+
+
+def _add(
+    report: Report, session: Session, setup: Setup, found: Outcome, base: Outcome, band: float
+) -> None:
+    tokens = setup.micro_batches * setup.micro_batch * setup.run_config().model.seq_len
+    deciles = statistics.quantiles(found.step_ms, n=10, method="inclusive")
+    ms = statistics.median(found.step_ms)
+    work = work_of(setup)
+    rates = [kind * tokens / ms * 1e3 for kind in (work.half, work.full, work.hardware)]
+    peak = peak_flops(torch.device(session.device))
+    shares = [rate / peak if peak else "" for rate in rates]
+    is_base = found is base
+    error = found.losses[-1] / found.losses[0] if is_base else _distance(found, base)
+    report.add(
+        setup.recipe,
+        1e3 * tokens / ms,
+        ms,
+        deciles[0],
+        deciles[-1],
+        statistics.median(base.step_ms) / ms,
+        rates[0] / 1e12,
+        rates[1] / 1e12,
+        *shares,
+        least_ms(work, tokens, found, report.ceilings) / ms,
+        found.peak_gib,
+        _last(found),
+        error=error if all(map(math.isfinite, found.losses)) else math.nan,
+        limit=0.999 if is_base else band,
+        outcome=asdict(found),
+        setup=asdict(setup),
+        peak_flops=peak,
+    )
+
+
+def _last(found: Outcome) -> float:
+    """Mean loss of the last quarter of the steps."""
+    return statistics.fmean(found.losses[-max(1, len(found.losses) // 4) :])
+
+
+def _distance(found: Outcome, base: Outcome) -> float:
+    return abs(_last(found) - _last(base)) / _last(base)

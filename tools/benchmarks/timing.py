@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 _FLUSH_BYTES = 1 << 28
 """Several times the L2 cache of an H200."""
+
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,56 @@ class Time:
     """First quartile."""
     high: float
     """Third quartile."""
+    eager: bool = False
+    """Whether it was launched from Python: what waits for the GPU cannot be a graph."""
 
     @classmethod
-    def of(cls, samples: list[float]) -> Time:
+    def of(cls, samples: Sequence[float]) -> Time:
         """Summarize at least one sample."""
         if len(samples) < 2:
             return cls(samples[0], samples[0], samples[0])
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(median, low, high)
 
+    def as_json(self) -> dict[str, object]:
+        """Everything, for ``results.json``."""
+        found: dict[str, object] = {"median": self.median, "quartiles": [self.low, self.high]}
+        return found | ({"eager": True} if self.eager else {})
 
-def graphed(work: Callable[[], object]) -> Callable[[], None]:
+
+class Timer(Protocol):
+    """Times several pieces of work so that they can be compared with each other."""
+
+    def __call__(self, rows: Mapping[str, Work], rounds: int, /) -> dict[str, Time]:
+        """Time each of ``rows`` in each of ``rounds``."""
+        ...
+
+
+def time_on_gpu(rows: Mapping[str, Work], rounds: int) -> dict[str, Time]:
+    """Time work in turn, as CUDA graphs wherever it does not wait for the GPU."""
+    eager = {name for name, work in rows.items() if waits(work)}
+    ready = {name: work if name in eager else graphed(work) for name, work in rows.items()}
+    times = interleaved(ready, rounds)
+    return {name: replace(time, eager=name in eager) for name, time in times.items()}
+
+
+def waits(work: Work) -> bool:
+    """Whether work makes the CPU wait for the GPU, so that no graph can record it."""
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def graphed(work: Work) -> Callable[[], None]:
     """Record work as a CUDA graph, so that what Python takes to launch it is not measured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -45,7 +87,7 @@ def graphed(work: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def interleaved(rows: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Time]:
+def interleaved(rows: Mapping[str, Work], rounds: int) -> dict[str, Time]:
     """Time several pieces of work in turn, so that clocks and heat treat them alike.
 
     The L2 cache is overwritten before each one.
@@ -67,28 +109,6 @@ def interleaved(rows: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
                 events[name].append((start, end))
         torch.cuda.synchronize()
     return {name: Time.of([a.elapsed_time(b) for a, b in pairs]) for name, pairs in events.items()}
-
-
-def ceilings(rounds: int = 10) -> dict[str, float]:
-    """What this GPU reaches: TB/s of a copy, TFLOP/s of BF16 and FP8 products of random data."""
-    source = torch.randn(1 << 29, dtype=torch.bfloat16, device="cuda")
-    target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
-    one = torch.ones(1, device="cuda")
-
-    def fp8() -> object:
-        return torch._scaled_mm(a8, b8.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    # A kernel that copies: a graph would turn copy_() into the slower copy of the driver.
-    rows = {"copy": lambda: torch.neg(source, out=target), "bf16": lambda: a @ b.t(), "fp8": fp8}
-    times = interleaved({name: graphed(work) for name, work in rows.items()}, rounds)
-    product = 2 * 8192**3 / 1e9
-    return {
-        "copy TB/s": 2 * source.nbytes / times["copy"].median / 1e9,
-        "BF16 TFLOP/s": product / times["bf16"].median,
-        "cuBLASLt FP8 TFLOP/s": product / times["fp8"].median,
-    }
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
