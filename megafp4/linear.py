@@ -26,9 +26,9 @@ class _ThreeGemms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp) -> Tensor:
         ctx.op, ctx.at, ctx.shape, ctx.weight = op, op.precision.position, x.shape, weight
-        keep = ctx.needs_input_grad[1]
+        keep, amax = ctx.needs_input_grad[1], op.precision.magnitudes.of(x)
         y, kept = op.fprop(
-            x.reshape(-1, x.shape[-1]), weight, ctx.at, bias, out_dtype=x.dtype, keep=keep
+            x.reshape(-1, x.shape[-1]), weight, ctx.at, bias, x.dtype, keep=keep, amax=amax
         )
         tensors, ctx.kept = hollow(kept) if keep else ([], None)
         ctx.save_for_backward(weight, *tensors)

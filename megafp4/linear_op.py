@@ -75,6 +75,7 @@ class LinearOp:
         out_dtype: torch.dtype = FP32,
         *,
         keep: bool = True,
+        amax: Tensor | None = None,
     ) -> tuple[Tensor, Operand]:
         """x [tokens, in], W [out, in] -> y [tokens, out], and what wgrad needs of x.
 
@@ -85,9 +86,12 @@ class LinearOp:
             bias: [out], added in FP32.
             out_dtype: Type of y, rounded to once.
             keep: Whether there will be a wgrad.
+            amax: FP32 [n]: largest magnitudes of parts of x, if they are known.
         """
         early = keep and self.recipe.wgrad.b.saved_as != "input"
-        requests = [self._request("fprop", "a", at), self._request("wgrad", "b", at)][: 1 + early]
+        requests = [replace(self._request("fprop", "a", at), amax=amax)]
+        if early:
+            requests.append(self._request("wgrad", "b", at))
         inner, outliers = split_outliers(x, self.recipe.fprop.a)
         if inner is x:
             a, *saved = self._cast(x, requests)

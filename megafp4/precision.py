@@ -127,22 +127,22 @@ class Squares:
 
 
 class Magnitudes:
-    """Largest magnitudes of weights that the optimizer has found, for as long as they are true.
+    """Largest magnitudes that whoever wrote a tensor has found, for as long as they are true.
 
-    One counts while the weight is at the version that it had then, see :class:`Squares`.
+    They count while the tensor is at the version that it had then, see :class:`Squares`.
     """
 
     def __init__(self) -> None:
         self._found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def record(self, weight: torch.Tensor, amax: torch.Tensor) -> None:
-        """Keep the largest magnitude of a weight as it is now: FP32 [1] on its device."""
-        self._found[weight] = weight._version, amax
+    def record(self, tensor: torch.Tensor, amax: torch.Tensor) -> None:
+        """Keep the largest magnitudes of the parts of a tensor: FP32 [n] on its device."""
+        self._found[tensor] = tensor._version, amax
 
-    def of(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """FP32 [1]; None if it is not known."""
-        version, amax = self._found.get(weight, (-1, None))
-        return amax if not weight.is_inference() and version == weight._version else None
+    def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """FP32 [n]; None if they are not known."""
+        version, amax = self._found.get(tensor, (-1, None))
+        return amax if not tensor.is_inference() and version == tensor._version else None
 
     def __reduce__(self) -> tuple[type[Magnitudes], tuple[()]]:
         """Stay out of copies and pickles."""
@@ -189,7 +189,8 @@ class Precision:
     squares: Squares = field(default_factory=Squares, repr=False, compare=False)
     """What wgrad has measured."""
     magnitudes: Magnitudes = field(default_factory=Magnitudes, repr=False, compare=False)
-    """What the optimizer has measured; spares FP8 casts of weights a pass over them."""
+    """What the optimizer knows of weights, norms and activations of what they return: spares FP8
+    casts a pass over them."""
     ledger: Ledger = field(default_factory=Ledger)
     """Counts every GEMM that runs."""
     probe: Probe | None = None

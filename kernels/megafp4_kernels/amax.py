@@ -31,6 +31,7 @@ MIN_SCALE = 2.0**-126
 
 _TILE = 8192  # elements that one program holds at once
 _PROGRAMS = 1056  # 8 for each of an H100's SMs
+_MAX_PARTS = 8192  # results that one program joins
 _SPLITS = 64  # parts into which long columns are cut
 
 
@@ -176,10 +177,10 @@ def scale(x: Tensor, fmt: str, axis: int | None) -> Tensor:
 
 
 def scale_of(largest: Tensor, fmt: str) -> Tensor:
-    """:func:`scale` of a matrix whose largest magnitude is known.
+    """:func:`scale` of a matrix whose largest magnitudes are known.
 
     Args:
-        largest: FP32 [1]; not negative.
+        largest: FP32 [n], contiguous, n > 0: of n parts of the matrix; not negative.
         fmt: As for :func:`scale`.
 
     Returns:
@@ -269,17 +270,19 @@ def _finish(partial: Tensor, out: Tensor, common: dict[str, float]) -> None:
 def _scale_of(largest: Tensor, max_value: float) -> Tensor:
     out = _fake_scale_of(largest, max_value)
     check_device(largest)
-    bits = largest.view(torch.int32).view(1, 1)
+    if largest.numel() > _MAX_PARTS:
+        largest = largest.amax(0, keepdim=True)
+    bits = largest.view(torch.int32).view(-1, 1)
     _finish(bits, out, {"max_value": max_value, "min_scale": MIN_SCALE, "SCALE": True})
     return out
 
 
 def _fake_scale_of(largest: Tensor, max_value: float) -> Tensor:
-    if largest.dtype != torch.float32 or largest.shape != (1,):
+    if largest.dtype != torch.float32 or largest.ndim != 1 or not largest.numel():
         raise ValueError(
-            f"the largest magnitude is {largest.dtype} {list(largest.shape)}: give float32 [1]"
+            f"largest magnitudes are {largest.dtype} {list(largest.shape)}: give float32 [n], n > 0"
         )
-    return torch.empty_like(largest)
+    return largest.new_empty(1)
 
 
 def _fake_statistic(x: Tensor, axis: int, max_value: float) -> Tensor:

@@ -8,12 +8,15 @@ compiled once per kind and shape and never once per layer.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from megafp4.precision import Magnitudes
 
 Recompute = Literal["none", "selective", "full"]
 Observer = Callable[[Tensor], object]
@@ -52,6 +55,8 @@ class Execution:
         self.recompute = recompute
         self.observer: Observer | None = None
         """Told of what blocks keep for backward; for the memory report."""
+        self.magnitudes: Magnitudes | None = None
+        """Told the largest magnitude of each row of what compiled norms and activations return."""
         self._made: dict[Any, Callable[..., Any]] = {}
         self._repeatable: dict[int, _Repeatable] | None = None
 
@@ -68,7 +73,11 @@ class Execution:
 
     def repeatable(self, piece: Callable[..., Tensor], *args: Any) -> Tensor:
         """As :meth:`run`, for what is cheaper to compute again than to keep until backward."""
-        out = self.run(piece, *args)
+        if self.compiled and self.magnitudes is not None:
+            out, amax = self.run(_measured(piece), *args)
+            self.magnitudes.record(out, amax)
+        else:
+            out = self.run(piece, *args)
         if self._repeatable is not None:
             # Without their history: what is kept for backward must not keep the graph itself.
             inputs = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
@@ -133,6 +142,17 @@ class Execution:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+@functools.cache
+def _measured(piece: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A piece that also returns the largest magnitude of each row: compiled, in the same pass."""
+
+    def measured(*args: Any) -> tuple[Tensor, Tensor]:
+        out = piece(*args)
+        return out, out.detach().abs().amax(-1).float().flatten()
+
+    return measured
 
 
 def _unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:

@@ -44,7 +44,7 @@ class CastRequest:
     sums: Tensor | None = field(default=None, compare=False)
     """FP32 [cols], to be filled with the matrix's sums over its rows when it is cast."""
     amax: Tensor | None = field(default=None, compare=False)
-    """FP32 [1]: the matrix's largest magnitude, where it is known without reading the matrix."""
+    """FP32 [n]: largest magnitudes of n parts that make up the matrix, if these are known."""
 
     @property
     def operand(self) -> OperandSpec:

@@ -29,7 +29,7 @@ from megafp4.models.execution import Execution
 from megafp4.models.factory import SavedAs, set_recipe
 from megafp4.optim import Optimizer, build_optimizer, learning_rate
 from megafp4.precision import Precision
-from megafp4.recipes import PrecisionSchedule, Recipe
+from megafp4.recipes import PrecisionSchedule, Recipe, Side
 from megafp4.report.load import read_object
 from megafp4.train.ahead import DeviceGuard, Flight
 from megafp4.train.batches import Batches
@@ -153,7 +153,7 @@ def build(config: RunConfig, *, quiet: bool = False) -> Run:
         config.optim,
         config.train.seed,
         fused=device.type == "cuda",
-        weight_amax=device.type == "cuda" and _scales_weights(schedule, backend),
+        weight_amax=_takes_scales(schedule, backend, "b"),
     )
     torch.manual_seed(config.train.seed)  # dropout; everything else has generators of its own
     recipe_name = _recipe_name(config)
@@ -188,10 +188,10 @@ def _recipe_name(config: RunConfig) -> str:
     return f"{config.recipe}, {text}" if "@" in text else text or config.recipe
 
 
-def _scales_weights(schedule: PrecisionSchedule, backend: Backend) -> bool:
-    """Whether the backend scales weights as a whole and can be told their largest magnitudes."""
-    weights = [recipe.gemm(gemm).b for _, recipe in schedule.stages for gemm in ("fprop", "dgrad")]
-    scaled = any(each.quantized and each.shared_scale == "tensor" for each in weights)
+def _takes_scales(schedule: PrecisionSchedule, backend: Backend, side: Side) -> bool:
+    """Whether the backend scales fprop's operand as a whole and can be told how large it is."""
+    specs = [recipe.fprop.side(side) for _, recipe in schedule.stages]
+    scaled = any(each.quantized and each.shared_scale == "tensor" for each in specs)
     return scaled and isinstance(backend, HopperBackend)
 
 
@@ -215,7 +215,10 @@ def make_model(
             module.to_grid()
     compiled = config.train.compile
     on_gpu = device.type == "cuda"
-    model.execute(Execution(on_gpu if compiled is None else compiled, config.train.recompute))
+    execution = Execution(on_gpu if compiled is None else compiled, config.train.recompute)
+    if _takes_scales(schedule, backend, "a"):
+        execution.magnitudes = precision.magnitudes
+    model.execute(execution)
     return model
 
 

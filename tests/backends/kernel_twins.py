@@ -88,7 +88,7 @@ def _windowed(q: QTensor, window: Tensor | None) -> mxfp4.Folded:
 
 
 def _scale_of(largest: Tensor, fmt: str) -> Tensor:
-    return scales_from_amax(largest.view(1, 1), fmt)[0].reshape(-1)
+    return scales_from_amax(largest.amax().view(1, 1), fmt)[0].reshape(-1)
 
 
 def _scale(x: Tensor, fmt: str, axis: int | None) -> Tensor:

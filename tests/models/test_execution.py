@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 from megafp4.models import QuantizedFactory
 from megafp4.models.decoder import Decoder
 from megafp4.models.execution import Execution
-from megafp4.models.layers import relu2_glu, swiglu
-from megafp4.precision import Precision
+from megafp4.models.layers import gelu_tanh, relu2_glu, swiglu
+from megafp4.precision import Magnitudes, Precision
 from tests.models.small import batch, build, scatter, small_config
 
 FAMILIES = ("gpt", "llama")
@@ -114,3 +114,18 @@ def test_evaluation_keeps_nothing(mode: str) -> None:
     model = model_of("gpt", "bf16", Execution(recompute=mode))  # type: ignore[arg-type]
     with torch.no_grad():
         assert not model(*batch(model.config)).requires_grad
+
+
+def test_compiled_pieces_say_how_large_their_rows_are() -> None:
+    execution = Execution(True)
+    execution.magnitudes = Magnitudes()
+    x = torch.randn(3, 5, 64, dtype=torch.bfloat16, requires_grad=True)
+    out = execution.repeatable(gelu_tanh, x)
+    assert torch.equal(out, gelu_tanh(x))
+    amax = execution.magnitudes.of(out)
+    assert amax is not None
+    assert torch.equal(amax, out.detach().abs().amax(-1).float().flatten())
+    assert not amax.requires_grad
+    out.sum().backward()
+    (expected,) = torch.autograd.grad(gelu_tanh(x).sum(), x)
+    assert torch.equal(x.grad, expected)

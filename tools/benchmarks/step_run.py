@@ -153,7 +153,9 @@ def _model(setup: Setup, config: RunConfig, precision: Precision) -> Decoder:
     for module in model.modules():
         if isinstance(module, Linear) and module.recipe.grid is not None:
             module.to_grid()
-    model.execute(Execution(setup.device == "cuda", setup.recompute))  # type: ignore[arg-type]
+    execution = Execution(setup.device == "cuda", setup.recompute)  # type: ignore[arg-type]
+    execution.magnitudes = precision.magnitudes
+    model.execute(execution)
     return model
 
 
