@@ -32,6 +32,10 @@ class DivergenceError(MegaFP4Error):
     """Training produced a loss or gradient from which it cannot go on."""
 
 
+class CommunicationError(MegaFP4Error):
+    """Another rank of the job ended or stopped answering."""
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
     """Build the error for a name that is not in a list, suggesting the nearest one.
 

@@ -32,7 +32,7 @@ class _ThreeGemms(torch.autograd.Function):
         )
         tensors, ctx.kept = hollow(kept) if keep else ([], None)
         ctx.save_for_backward(weight, *tensors)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -92,7 +92,7 @@ class LinearOp:
         requests = [replace(self._request("fprop", "a", at), amax=amax)]
         if early:
             requests.append(self._request("wgrad", "b", at))
-        inner, outliers = split_outliers(x, self.recipe.fprop.a)
+        inner, outliers = split_outliers(x, self.recipe.fprop.a, requests[0].part)
         if inner is x:
             a, *saved = self._cast(x, requests)
         else:

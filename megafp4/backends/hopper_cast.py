@@ -42,6 +42,9 @@ class Caster:
         for request in wanted:
             if request.sums is not None and not _sums_on_the_way(x, request):
                 torch.sum(x, 0, dtype=torch.float32, out=request.sums)
+        if any(request.part is not None for request in wanted):
+            # No kernel knows yet where a slice lies, nor reduces what its scale is taken from.
+            return [self._specified(x, request) for request in wanted]
         if len(wanted) == 2 and (pair := self._pair(x, *wanted)) is not None:
             return list(pair)
         return [self._one(x, request) for request in wanted]
@@ -320,6 +323,7 @@ def _is_plain_fp8(request: CastRequest) -> bool:
 def _sums_on_the_way(x: torch.Tensor, request: CastRequest) -> bool:
     """Whether the MXFP4 quantizer adds up the rows that it transforms."""
     rotated = _is(request, "mxfp4") and request.gemm.hadamard is not None
+    rotated = rotated and request.part is None
     return rotated and request.axis == 0 and request.through is None and x.dtype == torch.bfloat16
 
 

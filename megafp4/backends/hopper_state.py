@@ -111,7 +111,10 @@ class Positions:
         """Position that an operand's random bits are drawn at."""
         if device in self._pinned:
             return self._pins[device][request.side == "a" or request.key.gemm == "wgrad"]
-        seed, step, first = request.key.seed, request.key.step, max(request.origin)
+        line, k = request.origin
+        assert isinstance(line, int), "slices are cast by the specification"
+        assert isinstance(k, int), "slices are cast by the specification"
+        seed, step, first = request.key.seed, request.key.step, max(line, k)
         name = seed, step, first, device
         if name not in self._kept:
             while len(self._kept) >= _POSITIONS:

@@ -29,6 +29,7 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.embedding = factory.embedding(config.vocab_size, config.hidden, role="tokens")
         self.dropout = nn.Dropout(config.dropout)
+        self.entry = factory.entry()
         self.blocks = nn.ModuleList(
             Block(config, factory, index, norm=self.norm) for index in range(config.layers)
         )
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
                 f"a sequence of {tokens.shape[-1]} tokens was given to a model with model.seq_len "
                 f"{self.config.seq_len}: shorten the sequence or raise model.seq_len"
             )
-        x = self.dropout(self.embed(tokens).to(self.dtype))
+        x = self.entry(self.dropout(self.embed(tokens).to(self.dtype)))
         rotary = self.rotary(tokens)
         for block in self.blocks:
             x = block(x, rotary)

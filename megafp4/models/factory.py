@@ -86,6 +86,14 @@ class LayerFactory(Protocol):
         """Make a ``layernorm`` or ``rmsnorm`` over the last dim."""
         ...
 
+    def sub_norm(self, width: int, eps: float) -> nn.Module:
+        """Make the RMSNorm in front of a linear whose inputs tensor parallelism may cut."""
+        ...
+
+    def entry(self) -> nn.Module:
+        """Make what stands between the embedding and the blocks; maps [B, S, H]."""
+        ...
+
     def head(self, width: int, vocab: int, *, tied: bool) -> nn.Module:
         """Make the output layer.
 
@@ -127,6 +135,14 @@ class DenseFactory:
         if kind not in _NORMS:
             raise unknown_name("norm", kind, _NORMS)
         return _NORMS[kind](width, eps=eps)
+
+    def sub_norm(self, width: int, eps: float) -> nn.Module:
+        """Make an RMSNorm."""
+        return self.norm("rmsnorm", width, eps)
+
+    def entry(self) -> nn.Module:
+        """Make nothing: the blocks take what the embedding gives."""
+        return nn.Identity()
 
     def head(self, width: int, vocab: int, *, tied: bool) -> nn.Module:
         """Make the output layer in the activations' type."""
@@ -180,18 +196,22 @@ class QuantizedFactory(DenseFactory):
         segments: tuple[int, ...] | None = None,
     ) -> nn.Module:
         """Make a linear that runs the recipe, or BF16 if it is exempt."""
-        name = layer_name(block, slot)
         return Linear(
             in_features,
             out_features,
             bias=bias,
-            recipe=_recipe_of(name, block, self.recipe, self.num_layers, self.exempt),
+            recipe=self.recipe_of(block, slot),
             backend=self.backend,
             precision=self.precision,
             layer=layer_id(block, slot),
-            name=name,
+            name=layer_name(block, slot),
             segments=segments,
         )
+
+    def recipe_of(self, block: int, slot: str) -> Recipe:
+        """The recipe that one linear runs."""
+        name = layer_name(block, slot)
+        return _recipe_of(name, block, self.recipe, self.num_layers, self.exempt)
 
     def check(self, model: nn.Module) -> None:
         """Refuse exemptions that a model of this factory cannot have.

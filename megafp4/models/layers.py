@@ -329,7 +329,7 @@ class Block(nn.Module):
 
 def _sub_norm(config: ModelConfig, factory: LayerFactory, width: int) -> nn.Module:
     """BitNet's SubLN [arXiv 2504.12285]: a norm in front of an output projection, or nothing."""
-    return factory.norm("rmsnorm", width, config.norm_eps) if config.subln else nn.Identity()
+    return factory.sub_norm(width, config.norm_eps) if config.subln else nn.Identity()
 
 
 def _mlp_down(config: ModelConfig, factory: LayerFactory, block: int) -> nn.Module:

@@ -8,6 +8,7 @@ from megafp4.numerics.philox import Key, dither, philox4x32
 from megafp4.numerics.qtensor import QTensor, unpack
 from megafp4.numerics.quantize import Statistic, amax, encode, quantize, scales_from_amax
 from megafp4.numerics.rounding import Rounding
+from megafp4.numerics.shards import Origin, Peers, Runs, Slice
 from megafp4.numerics.statistics import operand_statistics
 
 __all__ = [
@@ -16,9 +17,13 @@ __all__ = [
     "Integer",
     "Key",
     "Minifloat",
+    "Origin",
+    "Peers",
     "QTensor",
     "Rounding",
+    "Runs",
     "Scaling",
+    "Slice",
     "Statistic",
     "amax",
     "clamp_outliers",

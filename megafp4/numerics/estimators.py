@@ -16,6 +16,7 @@ from megafp4.errors import ConfigError
 from megafp4.numerics.formats import E2M1, get_format
 from megafp4.numerics.qtensor import QTensor, lookup
 from megafp4.numerics.quantize import encode
+from megafp4.numerics.shards import Peers
 
 
 def dge_multiplier(scaled: torch.Tensor, k: float = 5.0, cap: float = 3.0) -> torch.Tensor:
@@ -41,7 +42,10 @@ def dge_multiplier(scaled: torch.Tensor, k: float = 5.0, cap: float = 3.0) -> to
 
 
 def clamp_outliers(
-    x: torch.Tensor, alpha: float, mode: Literal["signed", "magnitude"] = "signed"
+    x: torch.Tensor,
+    alpha: float,
+    mode: Literal["signed", "magnitude"] = "signed",
+    peers: Peers | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clamp each token at its own quantiles [2501.17116, section 3.2].
 
@@ -54,6 +58,8 @@ def clamp_outliers(
         x: Activations [..., d].
         alpha: Quantile, in (0.5, 1).
         mode: ``signed`` or ``magnitude``.
+        peers: Who holds the other features, if x holds an equal share of them: each sends its own
+            few largest and smallest, among which the token's are.
 
     Returns:
         (clamped, residual): x's dtype, and FP32, where the subtraction of BF16 values is exact
@@ -69,23 +75,34 @@ def clamp_outliers(
         raise ConfigError(f"outlier mode is {mode!r}: choose 'signed' or 'magnitude'")
     if x.numel() == 0:
         return x, torch.zeros_like(x, dtype=torch.float32)
-    features = x.shape[-1]
-    # A few order statistics at either end: selecting them is several times cheaper than sorting.
+    features = x.shape[-1] * (1 if peers is None else peers.size)
     if mode == "signed":
-        below = int((1.0 - alpha) * features) + 1
-        above = max(1, features - int(alpha * features))
-        low = x.topk(below, dim=-1, largest=False).values[..., -1:]
-        high = x.topk(above, dim=-1).values[..., -1:]
+        low = _ranked(x, int((1.0 - alpha) * features) + 1, peers, largest=False)
+        high = _ranked(x, max(1, features - int(alpha * features)), peers)
     else:
-        above = max(1, features - int((2.0 * alpha - 1.0) * features))
-        high = x.abs().topk(above, dim=-1).values[..., -1:]
+        high = _ranked(x.abs(), max(1, features - int((2.0 * alpha - 1.0) * features)), peers)
         low = -high
     # Where -0 and +0 tie, what a selection returns is arbitrary; adding +0 makes both +0.
     clamped = torch.where(x < low, low + 0.0, torch.where(x > high, high + 0.0, x))
     return clamped, x.float() - clamped.float()
 
 
-def fold_outliers(quantized: QTensor, x: torch.Tensor, clamped: torch.Tensor) -> QTensor:
+def _ranked(
+    x: torch.Tensor, rank: int, peers: Peers | None, *, largest: bool = True
+) -> torch.Tensor:
+    """The rank-th largest or smallest of every token [..., 1], counted from 1.
+
+    A few order statistics at either end: selecting them is several times cheaper than sorting.
+    """
+    if peers is not None:
+        few = x.topk(min(rank, x.shape[-1]), dim=-1, largest=largest).values
+        x = peers.side_by_side(few)
+    return x.topk(rank, dim=-1, largest=largest).values[..., -1:]
+
+
+def fold_outliers(
+    quantized: QTensor, x: torch.Tensor, clamped: torch.Tensor, peers: Peers | None = None
+) -> QTensor:
     """Put what was clamped off back into the codes, as E4M3: one GEMM instead of two.
 
     Within the limits, an element keeps its E2M1 value, which E4M3 holds exactly. Beyond them it is
@@ -96,6 +113,7 @@ def fold_outliers(quantized: QTensor, x: torch.Tensor, clamped: torch.Tensor) ->
         quantized: ``clamped`` in ``fp4-vector``, one scale per token.
         x: FP32 [tokens, d], before the clamp.
         clamped: First result of :func:`clamp_outliers`.
+        peers: Who holds the other features of the tokens, if x holds a share of them.
 
     Returns:
         ``fp8-e4m3`` with the scales of ``quantized``. Tokens that hold NaN or Inf become NaN.
@@ -109,7 +127,10 @@ def fold_outliers(quantized: QTensor, x: torch.Tensor, clamped: torch.Tensor) ->
             " quantize to 'fp4-vector' with one scale per token"
         )
     e4m3 = get_format("fp8-e4m3")
-    scales = torch.where(x.isfinite().all(-1, keepdim=True), quantized.scales, torch.nan)
+    broken = (~x.isfinite()).any(-1, keepdim=True)
+    if peers is not None:
+        broken = peers.largest(broken.float()) > 0
+    scales = torch.where(broken, torch.nan, quantized.scales)
     outer = encode(x, e4m3, scales, quantized.axis, scaling="vector")
     ladder = quantized.format.table.to(x.device)
     inner = encode(ladder, e4m3, ladder.new_ones(1), scaling="tensor").codes

@@ -27,6 +27,7 @@ from megafp4.numerics.philox import Key
 from megafp4.numerics.qtensor import QTensor, codes_per_byte, unpack
 from megafp4.numerics.quantize import amax, encode, scales_from_amax
 from megafp4.numerics.rounding import Rounding
+from megafp4.numerics.shards import Origin, Slice
 
 GRID_FORMATS: dict[float, str] = {1.58: "ternary", 3: "int3", 4: "int4", 8: "int8"}
 """Format of the codes by bits per weight; the one place where grids are listed."""
@@ -62,7 +63,13 @@ class GridWeight:
     """
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, fmt: str | Format, cols: int, layer: int = 0
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        fmt: str | Format,
+        cols: int,
+        layer: int = 0,
+        origin: Origin = (0, 0),
     ) -> None:
         """Wrap stored codes; :meth:`from_dense` makes them from weights.
 
@@ -72,12 +79,14 @@ class GridWeight:
             fmt: Integer format of the codes.
             cols: Columns of the weight (the packed width may hold a few more).
             layer: Stream id of the layer: which random bits its updates draw.
+            origin: Global (row, column) of a shard's first weight, or runs of them.
         """
         self.codes = codes
         self.scale = scale
         self.format = get_format(fmt)
         self.shape = torch.Size((codes.shape[0], cols))
         self.layer = layer
+        self.origin = origin
 
     @classmethod
     def from_dense(
@@ -87,6 +96,8 @@ class GridWeight:
         range: float = 1.0,
         segments: Sequence[int] | None = None,
         layer: int = 0,
+        origin: Origin = (0, 0),
+        part: Slice | None = None,
     ) -> GridWeight:
         """Round weights to their grid, nearest point, ends saturating [2412.04787, eq. 2-4].
 
@@ -97,6 +108,8 @@ class GridWeight:
             segments: Row counts of the matrices fused in ``weight`` (q, k, v, say), each of which
                 has its own AbsMean; None means one.
             layer: Stream id of the layer.
+            origin: Global (row, column) of a shard's first weight, or runs of them.
+            part: Who holds the other shards of the matrices, which AbsMean is taken over too.
 
         Raises:
             ConfigError: ``bits`` is unknown, ``range`` is not positive, the segments do not add up
@@ -121,9 +134,10 @@ class GridWeight:
             raise ConfigError(
                 "a weight holds NaN or Inf and has no grid: initialise it before moving it there"
             )
-        scale = torch.cat([_step(part, fmt, range).expand(len(part), 1) for part in w.split(parts)])
+        steps = [_step(one, fmt, range, part).expand(len(one), 1) for one in w.split(parts)]
+        scale = torch.cat(steps)
         codes = encode(w, fmt, scale, 1, scaling="vector").codes
-        return cls(_pack(codes, fmt), scale, fmt, cols, layer)
+        return cls(_pack(codes, fmt), scale, fmt, cols, layer, origin)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weights [rows, cols]: code times step in FP32, cast to ``dtype``."""
@@ -145,7 +159,6 @@ class GridWeight:
         key: Key | None = None,
         rounding: Rounding = "stochastic",
         dither_bits: int = 32,
-        origin: tuple[int, int] = (0, 0),
     ) -> StoreStatistics:
         """Move every weight to a grid point next to its new value [2412.04787, eq. 5], in place.
 
@@ -157,7 +170,6 @@ class GridWeight:
             key: What the random draw is for; needed by stochastic rounding.
             rounding: Mode; the nearest ones are controls, which stop learning at few bits.
             dither_bits: Random bits per weight: 32 here, since updates are far smaller than a step.
-            origin: Global (row, column) of this shard's first weight.
 
         Raises:
             ConfigError: Stochastic rounding without a key, or a new value of another shape.
@@ -187,7 +199,7 @@ class GridWeight:
             key,
             scaling="vector",
             dither_bits=dither_bits,
-            origin=origin,
+            origin=self.origin,
         ).codes
         low, high = _end_codes(self.format)
         saturated = ((codes == low) | (codes == high)).sum()
@@ -271,9 +283,9 @@ def grid_format(bits: float) -> Format:
     return get_format(GRID_FORMATS[bits])
 
 
-def _step(weight: Tensor, fmt: Format, range: float) -> Tensor:
+def _step(weight: Tensor, fmt: Format, range: float, part: Slice | None) -> Tensor:
     """Distance of two grid points, FP32 [1, 1]: range * AbsMean / Qp, the product at least 1e-5."""
-    mean = amax(weight, fmt, 1, "tensor", "absmean")
+    mean = amax(weight, fmt, 1, "tensor", "absmean", part)
     return scales_from_amax(mean * range, fmt, statistic="absmean")[0]
 
 

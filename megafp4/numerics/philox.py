@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from megafp4.errors import ConfigError, unknown_name
+from megafp4.numerics.shards import Origin, Runs
 
 GEMM_IDS = {"fprop": 0, "dgrad": 1, "wgrad": 2, "update": 3}
 OPERAND_IDS = {"a": 0, "b": 1, "signs": 2}
@@ -122,7 +123,7 @@ def dither(
     length: int,
     inner: int = 1,
     bits: int = 8,
-    origin: tuple[int, int] = (0, 0),
+    origin: Origin = (0, 0),
     device: torch.device | None = None,
 ) -> torch.Tensor:
     """Uniform dither of a tensor viewed as [outer, length, inner], contracted over ``length``.
@@ -137,22 +138,27 @@ def dither(
         inner: Size of the dims after the contraction axis. The line of an element is
             ``outer_index * inner + inner_index``.
         bits: Random bits per element: 8, 16 or 32 (of which 23 are used, so that u is exact).
-        origin: Global (line, k) of the first element, for slices of a larger tensor; the line
-            offset presumes that lines are cut as a contiguous range.
+        origin: Global (line, k) of the first element, for slices of a larger tensor; for slices
+            that are not contiguous there, the runs of global indices that they consist of.
         device: Where to draw; the bits are the same everywhere.
 
     Returns:
         FP32 [outer, length, inner], each in (0, 1).
 
     Raises:
-        ConfigError: ``bits`` is not 8, 16 or 32.
+        ConfigError: ``bits`` is not 8, 16 or 32; runs that do not add up to the slice.
     """
     if bits not in (8, 16, 32):
         raise ConfigError(f"dither_bits is {bits}: choose 8, 16 or 32")
+    lines, k = origin
+    if not isinstance(k, int):
+        _check_runs(k, length)
+        each = [dither(key, outer, n, inner, bits, (lines, start), device) for start, n in k]
+        return torch.cat(each, 1)
     per_call = 128 // bits
-    first = origin[1] // per_call
-    calls = -(-(origin[1] + length) // per_call) - first
-    line = (origin[0] + torch.arange(outer * inner, device=device)).view(outer, 1, inner)
+    first = k // per_call
+    calls = -(-(k + length) // per_call) - first
+    line = _global_lines(lines, outer * inner, device).view(outer, 1, inner)
     group = (first + torch.arange(calls, device=device)).view(calls, 1)
     out = torch.empty(outer, calls, per_call, inner, device=device)
     for rows, cols in _cache_sized(outer, calls, inner, on_cpu=line.device.type == "cpu"):
@@ -160,8 +166,22 @@ def dither(
         _split_words(torch.stack(words, dim=-1), bits, out[rows, cols])
     used = min(bits, 23)
     out = out.view(outer, calls * per_call, inner).add_(0.5).mul_(2.0**-used)
-    skip = origin[1] - first * per_call
+    skip = k - first * per_call
     return out[:, skip : skip + length]
+
+
+def _global_lines(lines: int | Runs, count: int, device: torch.device | None) -> torch.Tensor:
+    runs: Runs = ((lines, count),) if isinstance(lines, int) else lines
+    _check_runs(runs, count)
+    return torch.cat([torch.arange(first, first + n, device=device) for first, n in runs])
+
+
+def _check_runs(runs: Runs, count: int) -> None:
+    if sum(n for _, n in runs) != count:
+        raise ConfigError(
+            f"the runs {list(runs)} of a slice hold {sum(n for _, n in runs)} indices and the "
+            f"slice has {count}: give runs that add up to it"
+        )
 
 
 def _cache_sized(

@@ -35,6 +35,7 @@ from megafp4.numerics.qtensor import (
     scales_shape,
 )
 from megafp4.numerics.rounding import Rounding, check_rounding, round_steps
+from megafp4.numerics.shards import Origin, Slice
 
 Statistic = Literal["absmax", "absmean"]
 
@@ -59,7 +60,8 @@ def quantize(
     statistic: Statistic = "absmax",
     prescale: float = 1.0,
     dither_bits: int = 8,
-    origin: tuple[int, int] = (0, 0),
+    origin: Origin = (0, 0),
+    part: Slice | None = None,
 ) -> QTensor:
     """Quantize a tensor.
 
@@ -74,8 +76,10 @@ def quantize(
             magnitude (BitNet b1.58, DQT), clipping what lies beyond.
         prescale: Factor applied after the scale is taken; 0.75 keeps MXFP4 from clipping.
         dither_bits: Random bits per element: 8, 16 or 32.
-        origin: Global (line, k) of the first element, so that a slice of a tensor draws the same
-            random bits as the whole.
+        origin: Global (line, k) of the first element, or runs, so that a slice of a tensor draws
+            the same random bits as the whole.
+        part: Who holds the rest of a matrix of which x is a slice: its codes are then those of the
+            whole. All of them must call together.
 
     Returns:
         Codes and scales.
@@ -87,8 +91,11 @@ def quantize(
     spec = get_format(fmt)
     scaling = spec.check_scaling(scaling)
     axis = _check(x, spec, axis, scaling)
-    stat = amax(x, spec, axis, scaling, statistic)
-    scales, tensor_scale = scales_from_amax(stat, spec, statistic=statistic)
+    stat = amax(x, spec, axis, scaling, statistic, part)
+    whole = None
+    if part is not None and spec.scale == "e4m3" and stat.numel():
+        whole = part.peers.largest(stat.amax())
+    scales, tensor_scale = scales_from_amax(stat, spec, whole, statistic)
     return encode(
         x,
         spec,
@@ -110,6 +117,7 @@ def amax(
     axis: int = -1,
     scaling: Scaling | None = None,
     statistic: Statistic = "absmax",
+    part: Slice | None = None,
 ) -> torch.Tensor:
     """Range statistic of every group of elements that shares a scale.
 
@@ -119,6 +127,7 @@ def amax(
         axis: Contraction axis.
         scaling: Which elements share a scale.
         statistic: ``absmax`` or ``absmean``.
+        part: Who holds the rest, if x is a slice: groups that it shares with them are reduced.
 
     Returns:
         FP32, x's dims with the shared ones divided (block, tile) or 1 (vector, tensor). NaN or
@@ -143,11 +152,17 @@ def amax(
         "vector": (0,) if x.shape[:axis].numel() == 1 else (1,),
         "tensor": (0, 1, 2),
     }[scaling]
+    along = {"tensor": (0, 1), "vector": (axis,)}.get(scaling, ())
+    shared = part is not None and part.dim in along
     if statistic == "absmean":
         # FP64 sums make the FP32 mean independent of the order of summation.
-        return rows.abs().double().mean(dims).float().view(shape)
+        mean = rows.abs().double().mean(dims).view(shape)
+        if part is not None and shared:  # of equal slices
+            mean = part.peers.sum(mean) / part.peers.size
+        return mean.float()
     largest = torch.maximum(rows.amax(dims), -rows.amin(dims))
-    return largest.abs().float().view(shape)  # abs: the largest of zeros may be -0.0
+    largest = largest.abs().float().view(shape)  # abs: the largest of zeros may be -0.0
+    return part.peers.largest(largest) if part is not None and shared else largest
 
 
 def scales_from_amax(
@@ -219,7 +234,7 @@ def encode(
     tensor_scale: torch.Tensor | None = None,
     prescale: float = 1.0,
     dither_bits: int = 8,
-    origin: tuple[int, int] = (0, 0),
+    origin: Origin = (0, 0),
 ) -> QTensor:
     """Round x to codes at given scales; beyond the largest code it saturates.
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from megafp4.numerics import (
     Key,
+    Origin,
+    Peers,
     QTensor,
+    Slice,
     clamp_outliers,
     dge_multiplier,
     fold_outliers,
@@ -33,8 +36,8 @@ class CastRequest:
     """Contraction axis, 0 or 1."""
     key: Key
     """Random key of the operand."""
-    origin: tuple[int, int] = (0, 0)
-    """Global (line, k) of the first element."""
+    origin: Origin = (0, 0)
+    """Global (line, k) of the first element, or runs."""
     segments: tuple[int, ...] | None = None
     """Row counts of the matrices fused in it, see :func:`cast`."""
     through: CastRequest | None = None
@@ -45,6 +48,8 @@ class CastRequest:
     """FP32 [cols], to be filled with the matrix's sums over its rows when it is cast."""
     amax: Tensor | None = field(default=None, compare=False)
     """FP32 [n]: largest magnitudes of n parts that make up the matrix, if these are known."""
+    part: Slice | None = None
+    """Who holds the rest, if the matrix is a slice."""
 
     @property
     def operand(self) -> OperandSpec:
@@ -75,7 +80,7 @@ def cast_from(
     """
     if request.through is not None:
         if used is None:
-            inner, outliers = split_outliers(x, request.through.operand)
+            inner, outliers = split_outliers(x, request.through.operand, request.through.part)
             used = Used(cast_from(inner, request.through)[0], outliers)
         x = value(used.operand, request.through.operand)
         x = x if used.outliers is None else x.add_(used.outliers)
@@ -87,6 +92,7 @@ def cast_from(
         request.key,
         request.origin,
         request.segments,
+        request.part,
     )
 
 
@@ -96,8 +102,9 @@ def cast(
     side: Side,
     axis: int,
     key: Key,
-    origin: tuple[int, int] = (0, 0),
+    origin: Origin = (0, 0),
     segments: Sequence[int] | None = None,
+    part: Slice | None = None,
 ) -> tuple[QTensor | Tensor, Tensor]:
     """Turn a matrix into one operand of a GEMM: Hadamard, prescale, quantize; or a plain cast.
 
@@ -107,9 +114,10 @@ def cast(
         side: Which operand of it x is.
         axis: Contraction axis, 0 or 1.
         key: Random key of the operand; the Hadamard signs derive from it, the same on both sides.
-        origin: Global (line, k) of x's first element.
+        origin: Global (line, k) of x's first element, or runs.
         segments: Row counts of the matrices fused in x, each with a tensor-wide absmean scale of
             its own; None means one.
+        part: Who holds the rest, if x is a slice; the operand is then a slice of the whole's.
 
     Returns:
         (operand, seen): codes and scales, or a BF16 / FP32 tensor; and what it stands for, x after
@@ -126,11 +134,11 @@ def cast(
     inner = x
     if operand.folds_outliers and operand.clamp:
         x = x.float()
-        inner, _ = clamp_outliers(x, operand.clamp.alpha, operand.clamp.mode)
+        inner, _ = clamp_outliers(x, operand.clamp.alpha, operand.clamp.mode, _features(part))
     split = operand.statistic == "absmean" and operand.shared_scale == "tensor" and segments
     parts = [
         quantize(
-            part,
+            piece,
             operand.format,
             axis,
             operand.rounding,
@@ -140,22 +148,26 @@ def cast(
             prescale=operand.prescale,
             dither_bits=operand.dither_bits,
             origin=origin,
+            part=part,
         )
-        for part in (torch.split(x, list(segments)) if split and segments else (inner,))
+        for piece in (torch.split(x, list(segments)) if split and segments else (inner,))
     ]
     joined = _join(parts)
     if operand.folds_outliers:
-        joined = fold_outliers(joined, x, inner)
+        joined = fold_outliers(joined, x, inner, _features(part))
     seen = x if operand.prescale == 1 else x.float() * operand.prescale
     return joined, seen
 
 
-def split_outliers(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor | None]:
+def split_outliers(
+    x: Tensor, spec: OperandSpec, part: Slice | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Clamp activations as the recipe says [2501.17116, section 3.2].
 
     Args:
         x: FP32 or BF16 [tokens, features].
         spec: The operand.
+        part: Who holds the rest, if x is a slice.
 
     Returns:
         (what is to be quantized, what was cut off), FP32; the latter None if nothing is to be
@@ -164,8 +176,15 @@ def split_outliers(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor | None]
     if spec.clamp is None or spec.folds_outliers:
         return x, None
     # In FP32: a difference of two BF16 values would be rounded to BF16.
-    clamped, residual = clamp_outliers(x.float(), spec.clamp.alpha, spec.clamp.mode)
+    clamped, residual = clamp_outliers(
+        x.float(), spec.clamp.alpha, spec.clamp.mode, _features(part)
+    )
     return clamped, residual if spec.clamp.residual == "exact" else None
+
+
+def _features(part: Slice | None) -> Peers | None:
+    """Who holds other features of the same tokens."""
+    return part.peers if part is not None and part.dim == 1 else None
 
 
 def with_codes_of(

@@ -198,10 +198,14 @@ def test_a_shard_draws_what_the_whole_draws(generator: torch.Generator) -> None:
     w = torch.randn(24, 32, generator=generator)
     new = w + 0.01 * torch.randn(24, 32, generator=generator)
     whole = GridWeight.from_dense(w, 4)
-    shard = GridWeight(whole.codes[8:16].clone(), whole.scale[8:16], "int4", 32)
+    rows = torch.cat([torch.arange(16, 20), torch.arange(8, 12)])
+    runs = (((16, 4), (8, 4)), 0)
+    shard = GridWeight(whole.codes[rows], whole.scale[rows], "int4", 32, origin=runs)
+    before = shard.codes.clone()
     whole.store(new, KEY)
-    shard.store(new[8:16], KEY, origin=(8, 0))
-    assert torch.equal(shard.codes, whole.codes[8:16])
+    shard.store(new[rows], KEY)
+    assert torch.equal(shard.codes, whole.codes[rows])
+    assert not torch.equal(shard.codes, before)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -80,6 +80,24 @@ def test_dither_of_a_slice_is_a_slice_of_the_dither(bits: int, origin: tuple[int
     assert torch.equal(part, whole[line : line + 4, k : k + 50])
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_dither_of_runs_is_that_of_their_places(bits: int) -> None:
+    key = Key(9, 2, 0, "fprop", "a")
+    whole = numerics.dither(key, 12, 100, bits=bits)[..., 0]
+    lines, k = ((9, 2), (1, 3)), ((64, 16), (3, 20))
+    picked = whole[[9, 10, 1, 2, 3]][:, [*range(64, 80), *range(3, 23)]]
+    rows = numerics.dither(key, 5, 36, bits=bits, origin=(lines, k))
+    assert torch.equal(rows[..., 0], picked)
+    columns = numerics.dither(key, 1, 36, inner=5, bits=bits, origin=(lines, k))
+    assert torch.equal(columns[0], picked.t())
+
+
+@pytest.mark.parametrize("origin", [(((0, 3),), 0), (0, ((0, 16), (32, 8)))])
+def test_runs_that_do_not_fill_the_slice_are_refused(origin: numerics.Origin) -> None:
+    with pytest.raises(ConfigError, match="runs that add up"):
+        numerics.dither(Key(9, 2, 0, "fprop", "a"), 4, 32, origin=origin)
+
+
 def test_dither_lines_count_over_all_other_dims() -> None:
     key = Key(9, 2, 0, "fprop", "a")
     flat = numerics.dither(key, 12, 40).view(3, 4, 40)

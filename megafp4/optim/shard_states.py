@@ -1,0 +1,200 @@
+"""What an owner keeps for its pieces of the parameters, and how it moves them.
+
+A piece is a run of a parameter's elements in row-major order that begins at a multiple of 128, the
+group of elements that shares scales in a codec's state: a piece's state is that part of the whole
+parameter's, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megafp4.config import OptimConfig
+from megafp4.errors import UnsupportedError
+from megafp4.numerics import Key
+from megafp4.optim.adamw import AdamHyper, StepNumbers
+from megafp4.optim.fused import Dense, FusedSteps
+from megafp4.optim.optimizer import codec_of, grid_of
+from megafp4.optim.quantizers import GROUP
+from megafp4.optim.states import BF16States, State, codec_step
+from megafp4.parallel.bucket import Bucket, Piece
+from megafp4.parallel.collectives import Group
+
+
+class StateKind(NamedTuple):
+    """How one kind of state lies in memory: rows of ``width`` numbers."""
+
+    dtype: torch.dtype
+    """Type of the numbers."""
+    group: int = 1
+    """Elements that a row stands for: 1, or 128 for scales."""
+    width: int = 1
+    """Numbers of a row."""
+
+
+class PieceStates:
+    """State of the pieces that one rank owns, kept as ``config.states`` says.
+
+    Args:
+        params: All parameters by name, on all ranks in one order: it numbers their random streams.
+        config: How state is kept.
+        seed: Seed of the stochastic rounding.
+        fused: Move dense pieces by kernels if they are on a GPU.
+    """
+
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], config: OptimConfig, seed: int, fused: bool
+    ) -> None:
+        self._params = params
+        self._config = config
+        self._fused = fused
+        self._keys = {n: Key(seed, 0, i, "update", "a") for i, n in enumerate(params)}
+        self._dense: dict[str, Dense] = {}
+        self._states: dict[str, State] = {}
+        self._launches = FusedSteps(None)
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """What the model reads and ranks gather."""
+        return codec_of(self._params[name], self._config).weight_dtype
+
+    def adopt(self, piece: Piece, weights: Tensor) -> None:
+        """Begin to keep a dense piece.
+
+        Args:
+            piece: The piece.
+            weights: Where the model reads it, flat, of its :meth:`weight_dtype`; overwritten with
+                the first values, which are taken from the parameter while it is FP32.
+
+        Raises:
+            UnsupportedError: The codec draws random bits, and the piece is not a whole parameter.
+        """
+        param = self._params[piece.name]
+        codec = codec_of(param, self._config)
+        if isinstance(codec, BF16States) and piece.numel != param.numel():
+            raise UnsupportedError(
+                f"optim.states {codec.name!r} rounds by the place of an element in its parameter, "
+                f"and {piece.name!r} is cut by ZeRO: choose fp32, fp8lm or coat"
+            )
+        first = param.detach().reshape(-1)[piece.start : piece.stop]
+        own = nn.Parameter(first.clone())
+        state = codec.adopt(own)
+        weights.copy_(own.detach())
+        own.data = weights
+        self._states[piece.name] = state
+        key, index = self._keys[piece.name], len(self._dense)
+        self._dense[piece.name] = Dense(own, codec, state, key, index)
+
+    def adopt_grid(self, piece: Piece) -> None:
+        """Begin to keep the moments of rows of a grid weight."""
+        param = self._params[piece.name]
+        rows = torch.empty((), device=param.device).expand(piece.numel)
+        self._states[piece.name] = codec_of(param, self._config).adopt(nn.Parameter(rows))
+
+    def step(
+        self,
+        grads: Mapping[str, Tensor],
+        hyper: AdamHyper,
+        step: int,
+        scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> None:
+        """Move dense pieces that share their constants.
+
+        Args:
+            grads: FP32 gradient of each piece, flat; only read.
+            hyper: Constants of this step.
+            step: Index of the step, counted from 0.
+            scale: FP32 [1] on the device; multiplies every gradient.
+            skip: FP32 [1] on the device: where it is 1 nothing moves.
+        """
+        numbers = StepNumbers.of(hyper, step)
+        by_codec: dict[str, list[Dense]] = {}
+        for name, grad in grads.items():
+            piece = self._dense[name]
+            piece.param.grad = grad
+            by_codec.setdefault(piece.codec.name, []).append(piece)
+        for pieces in by_codec.values():
+            if self._fused and pieces[0].param.is_cuda:
+                self._launches.step(pieces, numbers, step, scale, skip)
+            elif skip is None or not skip.item():
+                self._exact_step(pieces, numbers, step, scale)
+            for piece in pieces:
+                piece.param.grad = None
+
+    def _exact_step(
+        self, pieces: Sequence[Dense], numbers: StepNumbers, step: int, scale: Tensor | None
+    ) -> None:
+        factor = 1.0 if scale is None else scale.view(())
+        for one in pieces:
+            assert one.param.grad is not None
+            weight, key = one.param.detach(), one.key._replace(step=step)
+            codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, key)
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """FP32 moments of the owned rows of a grid weight, flat."""
+        state = self._states[name]
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def layout(self, name: str) -> dict[str, StateKind]:
+        """What is kept of a parameter, whether or not this rank owns a piece of it."""
+        codec = codec_of(self._params[name], self._config)
+        elements = {kind: StateKind(dtype) for kind, dtype in codec.element_dtypes.items()}
+        groups = {
+            kind: StateKind(dtype, GROUP, width)
+            for kind, (dtype, width) in codec.group_dtypes.items()
+        }
+        return elements | groups
+
+    def read(self, name: str, kind: str) -> Tensor:
+        """State of a parameter's owned piece, the memory itself; empty if there is none."""
+        if name in self._states:
+            return self._states[name][kind]
+        device = self._params[name].device
+        return torch.empty(0, dtype=self.layout(name)[kind].dtype, device=device)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All memory that the state takes."""
+        return [tensor for state in self._states.values() for tensor in state.values()]
+
+
+def bucket_kinds(states: PieceStates, params: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Kind of bucket of each parameter: ``grid``, or the type in which its weight is gathered."""
+    return {
+        name: "grid" if grid_of(param) is not None else str(states.weight_dtype(name))
+        for name, param in params.items()
+    }
+
+
+def rows_of(count: int, kind: StateKind) -> int:
+    """Rows of state that ``count`` elements have."""
+    return -(-count // kind.group)
+
+
+def whole_state(bucket: Bucket, name: str, kind: StateKind, mine: Tensor, group: Group) -> Tensor:
+    """State of a whole parameter from the pieces that the ranks own, flat, on every rank.
+
+    Args:
+        bucket: Where the parameter lies.
+        name: The parameter.
+        kind: What is gathered.
+        mine: This rank's rows, perhaps none.
+        group: The ranks.
+
+    Raises:
+        CommunicationError: Another rank is gone.
+    """
+    counts = [
+        sum(rows_of(piece.numel, kind) for piece in bucket.owned(rank) if piece.name == name)
+        * kind.width
+        for rank in range(group.size)
+    ]
+    sent = mine.reshape(-1).view(torch.uint8)
+    sent = F.pad(sent, (0, max(counts) * kind.dtype.itemsize - sent.numel()))
+    received = group.all_gather(sent[None], "optimizer state")
+    parts = [row[: n * kind.dtype.itemsize] for row, n in zip(received, counts, strict=True)]
+    return torch.cat(parts).view(kind.dtype)
