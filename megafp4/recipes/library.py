@@ -37,7 +37,7 @@ def fp8() -> Recipe:
         "2209.05433",
         fprop=GemmSpec(x, x),
         dgrad=GemmSpec(dy, x),
-        wgrad=GemmSpec(dy, x),
+        wgrad=GemmSpec(dy, replace(x, saved_as="operand")),
         notes="Current scaling: the scale is this tensor's amax, no history.",
     )
 

@@ -112,7 +112,7 @@ def test_divisor_and_length() -> None:
 def test_every_choice_is_read_by_the_code_that_computes(part: type) -> None:
     """A field that only the table of recipes knows would promise what nothing keeps."""
     package = Path(megafp4.__file__).parent
-    files = ("linear.py", "conversion.py", "recipes/cast.py")
+    files = ("linear.py", "linear_op.py", "conversion.py", "recipes/cast.py")
     code = "".join((package / name).read_text(encoding="utf-8") for name in files)
     # These two are read through Recipe.exempts_block; the rest says where a recipe comes from.
     elsewhere = {"skip_first", "skip_last", "summary", "paper", "notes"}
