@@ -24,9 +24,11 @@ class _ThreeGemms(torch.autograd.Function):
     """Autograd's view of a :class:`LinearOp`: dgrad and wgrad run only where they are needed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp, keep: bool
+    ) -> Tensor:
         ctx.op, ctx.at, ctx.shape, ctx.weight = op, op.precision.position, x.shape, weight
-        keep, amax = ctx.needs_input_grad[1], op.precision.magnitudes.of(x)
+        amax = op.precision.magnitudes.of(x)
         y, kept = op.fprop(
             x.reshape(-1, x.shape[-1]), weight, ctx.at, bias, x.dtype, keep=keep, amax=amax
         )
@@ -42,7 +44,7 @@ class _ThreeGemms(torch.autograd.Function):
                 "quantized linears have first derivatives only"
             )
         weight, *tensors = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dy = dy.reshape(-1, weight.shape[0])
         op, at, dx, dw = ctx.op, ctx.at, None, None
         target = op.precision.target(ctx.weight, op.backend) if needs_weight else RETURNED
@@ -57,7 +59,7 @@ class _ThreeGemms(torch.autograd.Function):
         if db is not None and (dx is None or dw is None):
             torch.sum(dy, 0, dtype=torch.float32, out=db)
         dw = dw if target.accumulate_into is None else None
-        return None if dx is None else dx.view(ctx.shape), dw, db, None
+        return None if dx is None else dx.view(ctx.shape), dw, db, None, None
 
 
 class Linear(GridLinear):
@@ -137,7 +139,9 @@ class Linear(GridLinear):
     def _forward(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedError(f"{self.op.name!r} got a {x.dtype} input: give FP32 or BF16")
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        # Under no_grad, autograd still says that the weight needs a gradient.
+        keep = torch.is_grad_enabled() and self.weight.requires_grad
+        if keep:
             check_tokens(self.recipe, self.op.backend, x.shape[:-1].numel(), self.op.name)
         if x.numel() == 0:  # nothing to multiply, and gradients of zeros
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
@@ -148,7 +152,7 @@ class Linear(GridLinear):
         again = torch._C._current_graph_task_id() != -1
         if self.training and self.op.precision is self._own_precision and not again:
             self.op.precision.step += 1
-        return _ThreeGemms.apply(x, self.weight, self.bias, self.op)
+        return _ThreeGemms.apply(x, self.weight, self.bias, self.op, keep)
 
     def to_grid(self) -> None:
         """Move the weight onto the recipe's grid: packed codes and steps become its only copy.

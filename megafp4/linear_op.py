@@ -89,13 +89,14 @@ class LinearOp:
             amax: FP32 [n]: largest magnitudes of parts of x, if they are known.
         """
         early = keep and self.recipe.wgrad.b.saved_as != "input"
-        requests = [replace(self._request("fprop", "a", at), amax=amax)]
+        requests = [self._request("fprop", "a", at)]
         if early:
             requests.append(self._request("wgrad", "b", at))
         inner, outliers = split_outliers(x, self.recipe.fprop.a, requests[0].part)
         if inner is x:
+            requests[0] = replace(requests[0], amax=amax)
             a, *saved = self._cast(x, requests)
-        else:
+        else:  # what is left of x after clamping is not as large
             (a,) = self._cast(inner, requests[:1])
             saved = self._cast(x, requests[1:], (a, outliers))
         b = self._weight_ahead(weight, at) if keep else self._weight("fprop", weight, at)

@@ -82,9 +82,10 @@ class Squares:
     """What wgrad has measured: sums of squares of gradients, for as long as they describe them.
 
     A measurement counts while the parameter's gradient is the very memory that was measured, at the
-    version that it had then. So a micro-batch that autograd adds, a hook, unscaling or a gradient
+    version that it had then. So a micro-batch that autograd adds, a hook, clipping or a gradient
     that was set anew ends it. Writes that autograd does not see do not: whoever writes through
-    ``.data``, or reduces gradients over ranks with ``torch.distributed``, must :meth:`clear`.
+    ``.data``, unscales with ``torch.amp.GradScaler``, or reduces gradients over ranks with
+    ``torch.distributed``, must :meth:`clear`.
     """
 
     def __init__(self) -> None:
@@ -137,7 +138,8 @@ class Magnitudes:
 
     def record(self, tensor: torch.Tensor, amax: torch.Tensor) -> None:
         """Keep the largest magnitudes of the parts of a tensor: FP32 [n] on its device."""
-        self._found[tensor] = tensor._version, amax
+        if not tensor.is_inference():  # which has no version
+            self._found[tensor] = tensor._version, amax
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """FP32 [n]; None if they are not known."""

@@ -111,9 +111,7 @@ class Caster:
         assert any_of is not None
         at = self.positions.of(any_of, x.device)
         plans = [None if one is None else self._plan(one, x.device) for one in (row, col)]
-        sums = None
-        if col is not None and _sums_on_the_way(x, col):
-            sums = col.sums
+        sums = None if col is None else _sums_of(x, col)
         return quantize(x, at, *plans, col_from_e4m3=from_e4m3, col_sums=sums)
 
     def _e4m3_and_mxfp4(
@@ -123,8 +121,8 @@ class Caster:
 
         of = _tensor_scale(x, first)
         at, plan = self.positions.of(second, x.device), self._plan(second, x.device)
-        through = None if second.through is None else of
-        row, col = quantize(x, at, E4M3Plan(of), plan, col_from_e4m3=through)
+        through, sums = None if second.through is None else of, _sums_of(x, second)
+        row, col = quantize(x, at, E4M3Plan(of), plan, col_from_e4m3=through, col_sums=sums)
         return _operand(row, first), _operand(col, second)
 
     def _fp8_both(
@@ -316,6 +314,7 @@ def _is_plain_fp8(request: CastRequest) -> bool:
         and spec.shared_scale == "tensor"
         and spec.rounding == "nearest-even"
         and spec.prescale == 1
+        and spec.clamp is None
         and request.gemm.hadamard is None
     )
 
@@ -325,6 +324,11 @@ def _sums_on_the_way(x: torch.Tensor, request: CastRequest) -> bool:
     rotated = _is(request, "mxfp4") and request.gemm.hadamard is not None
     rotated = rotated and request.part is None
     return rotated and request.axis == 0 and request.through is None and x.dtype == torch.bfloat16
+
+
+def _sums_of(x: torch.Tensor, request: CastRequest) -> torch.Tensor | None:
+    """Sums that the MXFP4 quantizer is to fill while it makes an operand along the columns."""
+    return request.sums if _sums_on_the_way(x, request) else None
 
 
 def _tensor_scale(x: torch.Tensor, request: CastRequest) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from megafp4.backends import Backend, resolve_backend
 from megafp4.errors import ConfigError, unknown_name
 from megafp4.linear import Linear
-from megafp4.models.layers import DenseLinear, Head, LayerNorm, RMSNorm
+from megafp4.models.layers import DenseLinear, Embedding, Head, LayerNorm, RMSNorm
 from megafp4.precision import Precision
 from megafp4.recipes import Recipe, get_recipe
 from megafp4.recipes.exemptions import matches, matching_linears
@@ -128,7 +128,7 @@ class DenseFactory:
         self, rows: int, width: int, *, role: Literal["tokens", "positions"]
     ) -> nn.Module:
         """Make an embedding table [rows, width]."""
-        return nn.Embedding(rows, width)
+        return Embedding(rows, width)
 
     def norm(self, kind: str, width: int, eps: float) -> nn.Module:
         """Make a norm that computes in FP32."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,39 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dim of ``x``."""
         return self.execution.repeatable(rms_norm, x, self.weight, self.eps)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table that is not FP32, with an FP32 gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = weight.shape[0]
+        return F.embedding(tokens, weight).float()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        return None, torch.ops.aten.embedding_dense_backward(dy, tokens, ctx.rows, -1, False)
+
+
+def lookup(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a table [V, H] of FP32 or BF16 in FP32; gradients are summed in FP32 as well."""
+    if weight.dtype == torch.float32:
+        return F.embedding(tokens, weight)
+    # In BF16, a word that occurs often would lose most of its gradient.
+    found: Tensor = _Lookup.apply(tokens, weight)
+    return found
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` that returns FP32, also where the optimizer keeps the table in BF16."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look tokens [...] up, FP32 [..., H]."""
+        return lookup(tokens, self.weight)
 
 
 class DenseLinear(nn.Linear):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megafp4.models.layers import lookup
 from megafp4.models.loss import IGNORED_TARGET, linear_cross_entropy
 from megafp4.parallel.collectives import Group
 from megafp4.parallel.cut import Cut, Layout
@@ -44,7 +45,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Look tokens [..., S] up, FP32 [..., S, width] on every rank."""
         row, mine = _rows(tokens, self.group, len(self.weight))
-        found = F.embedding(row, self.weight)
+        found = lookup(row, self.weight)
         return leave(torch.where(mine[..., None], found, 0.0), self.group)
 
 

@@ -99,9 +99,10 @@ class Run:
         return self.device.type == "cuda" and self.optimizer.can_run_ahead
 
     def note_magnitudes(self) -> None:
-        """Tell the linears what the optimizer knows of their weights."""
+        """Tell the linears what the optimizer knows of the weights that it has just moved."""
         for name, amax in self.optimizer.weight_amax.items():
-            self.precision.magnitudes.record(self.optimizer.params[name], amax)
+            if (param := self.optimizer.params[name]).grad is not None:
+                self.precision.magnitudes.record(param, amax)
 
     @property
     def steps(self) -> int:

@@ -158,7 +158,7 @@ def take_step(run: Run, step: int) -> StepResult | Flight:
 
     if not _is_spike(run, step, loss):
         run.optimizer.step(step, lr, grad_scale=scale)
-    run.note_magnitudes()
+        run.note_magnitudes()
     run.optimizer.zero_grad()
     return StepResult(loss, norm, lr)
 

@@ -84,9 +84,11 @@ def saved_bytes(model: Decoder, tokens: Tensor, targets: Tensor) -> dict[str, in
 def report_activations(run: Run, step: int) -> None:
     """Measure the first micro-batch of a step, show it, and write ``memory.json``.
 
-    Leaves no trace in training: ledger, statistics and random generators are as before.
+    Leaves no trace in training: ledger, statistics, random generators and what the backend carries
+    are as before.
     """
     precision = run.precision
+    carried = {name: one.clone() for name, one in run.backend.state_dict(run.device).items()}
     ledger, probe = precision.ledger, precision.probe
     precision.ledger, precision.probe = Ledger(), None
     precision.step, precision.first_token = step, 0
@@ -97,6 +99,10 @@ def report_activations(run: Run, step: int) -> None:
             counts = saved_bytes(run.model, tokens, targets)
     finally:
         precision.ledger, precision.probe = ledger, probe
+        run.backend.load_state_dict(carried, run.device)
+        for module in run.model.modules():
+            if isinstance(module, Linear):
+                module.op.forget_weights()
     blocks = len(run.model.blocks)
     run.metrics.screen.say(f"kept for backward per micro-batch of {tokens.numel():,} tokens:")
     for kind, count in counts.items():

@@ -191,3 +191,46 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
         monkeypatch.setattr(hopper, "device_capability", lambda found=found: found)
         with pytest.raises(UnsupportedError, match=rf"9\.0 \(H100, H200\) and .* has {words}"):
             Linear(64, 128, recipe="mxfp4", backend="hopper")
+
+
+def test_bias_gradients_of_composed_recipes_are_summed(calls: Calls) -> None:
+    """E4M3 for dgrad beside MXFP4 for wgrad comes from another pass than two MXFP4 operands."""
+    mxfp4, fp8 = get_recipe("mxfp4"), get_recipe("fp8")
+    dgrad = replace(fp8.dgrad, a=replace(fp8.dgrad.a, format="fp8-e4m3"))
+    _, expected = train_step(replace(mxfp4, name="mixed", dgrad=dgrad), "reference")
+    _, found = train_step(replace(mxfp4, name="mixed", dgrad=dgrad), "hopper")
+    assert "mxfp4.sums" in calls
+    assert torch.equal(found[3], expected[3])
+
+
+@pytest.mark.parametrize("residual", ["none", "exact"])
+@pytest.mark.parametrize("saved", ["input", "operand"])
+def test_clamped_fp8_starts_from_what_is_left(residual: str, saved: str, calls: Calls) -> None:
+    base, clamp = get_recipe("mxfp4-fp8"), get_recipe("fp4").fprop.a.clamp
+    assert clamp is not None
+    clamped = replace(clamp, residual=residual, alpha=0.9)
+    a = replace(base.fprop.a, clamp=clamped)
+    b = replace(base.wgrad.b, source="fprop", saved_as=saved)
+    recipe = replace(
+        base, name="clamped", fprop=replace(base.fprop, a=a), wgrad=replace(base.wgrad, b=b)
+    )
+    _, expected = train_step(recipe, "reference")
+    _, found = train_step(recipe, "hopper")
+    for mine, other in zip(found, expected, strict=True):
+        error = (mine.double() - other.double()).norm() / other.double().norm()
+        assert float(error) < BF16_ROUNDINGS
+
+
+def test_what_is_known_of_an_activation_does_not_describe_its_clamped_rest(calls: Calls) -> None:
+    base, clamp = get_recipe("fp8"), get_recipe("fp4").fprop.a.clamp
+    assert clamp is not None
+    a = replace(base.fprop.a, clamp=replace(clamp, residual="none", alpha=0.9))
+    recipe = replace(base, name="clamped", fprop=replace(base.fprop, a=a))
+    precision = Precision()
+    linear = Linear(64, 64, recipe=recipe, backend="hopper", precision=precision)
+    x = torch.randn(128, 64).bfloat16()
+    x[:, 0] = 300
+    with torch.no_grad():
+        before = linear(x)
+        precision.magnitudes.record(x, x.abs().amax(-1).float())
+        assert torch.equal(linear(x), before)

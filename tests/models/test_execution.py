@@ -129,3 +129,11 @@ def test_compiled_pieces_say_how_large_their_rows_are() -> None:
     out.sum().backward()
     (expected,) = torch.autograd.grad(gelu_tanh(x).sum(), x)
     assert torch.equal(x.grad, expected)
+
+
+def test_measured_pieces_run_in_inference_mode() -> None:
+    execution = Execution(True)
+    execution.magnitudes = Magnitudes()
+    with torch.inference_mode():
+        out = execution.repeatable(gelu_tanh, torch.randn(2, 3, 8))
+        assert execution.magnitudes.of(out) is None

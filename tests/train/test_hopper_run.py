@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels import it")
 
@@ -69,3 +70,19 @@ def test_windows_of_another_backend_are_refused(corpus: str, tmp_path: Path) -> 
     other = build(tiny(corpus, tmp_path, "mxfp4", **{**changes, "backend": "bf16"}), quiet=True)
     with pytest.raises(CheckpointError, match="backend 'bf16' keeps no state: continue with"):
         state.restore(other)
+
+
+@pytest.mark.parametrize("often", [{"eval_interval": 1}, {"memory_report": True}])
+def test_looking_at_a_run_leaves_no_trace(
+    corpus: str, tmp_path: Path, often: dict[str, int]
+) -> None:
+    shared = {**CHANGES, "steps": 3, "checkpoint_interval": 3, "eval_interval": 0}
+    found = []
+    for name, changes in (("plain", {}), ("watched", often)):
+        out = tmp_path / name
+        train(build(tiny(corpus, out, "mxfp4-fp8", **{**shared, **changes}), quiet=True))
+        found.append((checkpoint.load(out / "checkpoints").tensors, summary(out)["raised_blocks"]))
+    (plain, raised), (watched, again) = found
+    assert raised == again > 0
+    assert plain["backend"].keys() == watched["backend"].keys()
+    assert all(torch.equal(plain["backend"][k], watched["backend"][k]) for k in plain["backend"])
