@@ -47,7 +47,7 @@ FORMS: dict[str, dict[str, torch.dtype]] = {
 }
 """Types of the tensors of each form of state."""
 
-_TILES = {"fp32": (8, 4), "bf16-sr": (4, 2), "fp8lm": (4, 2), "coat": (4, 4)}
+_TILES = {"fp32": (8, 4), "bf16-sr": (8, 4), "fp8lm": (4, 2), "coat": (4, 4)}
 """Rows of a program and its warps, by form: the fastest of a few on an H200."""
 # Columns of the table, addresses first.
 _COLUMN_OF = {
