@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megafp4.parallel.mesh import connect, disconnect
 
@@ -102,5 +105,14 @@ def _serve(rank: int, count: int, address: str, pipe: Connection) -> None:
             answer = True, function(*args)
         except Exception:  # noqa: BLE001  the test shows it
             answer = False, traceback.format_exc()
+        _leave_groups()
         pipe.send_bytes(pickle.dumps(answer))
     disconnect()
+
+
+def _leave_groups() -> None:
+    """Destroy the groups that a test has made: each holds threads, and some of gloo's spin."""
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
