@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megafp4.backends import Backend, Operand, Slope, operand_format
-from megafp4.backends.base import Measuring
+from megafp4.backends.base import Measuring, Splitting
 from megafp4.errors import ConfigError
 from megafp4.numerics import Key, QTensor
 from megafp4.numerics.grid import GridWeight
@@ -92,13 +92,7 @@ class LinearOp:
         requests = [self._request("fprop", "a", at)]
         if early:
             requests.append(self._request("wgrad", "b", at))
-        inner, outliers = split_outliers(x, self.recipe.fprop.a, requests[0].part)
-        if inner is x:
-            requests[0] = replace(requests[0], amax=amax)
-            a, *saved = self._cast(x, requests)
-        else:  # what is left of x after clamping is not as large
-            (a,) = self._cast(inner, requests[:1])
-            saved = self._cast(x, requests[1:], (a, outliers))
+        a, outliers, saved = self._cast_input(x, requests, amax)
         b = self._weight_ahead(weight, at) if keep else self._weight("fprop", weight, at)
         if outliers is None:
             y = self._multiply("fprop", a, b, out_dtype, bias=bias)
@@ -108,6 +102,22 @@ class LinearOp:
             y += self._multiply("residual", outliers.bfloat16(), self._dense(weight).bfloat16())
             y = (y if bias is None else y + bias).to(out_dtype)
         return y, saved[0] if early else x
+
+    def _cast_input(
+        self, x: Tensor, requests: list[CastRequest], amax: Tensor | None
+    ) -> tuple[Operand, Tensor | None, list[Operand]]:
+        """What fprop multiplies of x, the outliers that meet the weight as it is, the rest."""
+        first, *others = requests
+        if self.precision.probe is None and isinstance(self.backend, Splitting):
+            apart = self.backend.cast_apart(x, first)
+            if apart is not None:
+                return *apart, self._cast(x, others, apart)
+        inner, outliers = split_outliers(x, first.operand, first.part)
+        if inner is x:
+            a, *saved = self._cast(x, [replace(first, amax=amax), *others])
+            return a, outliers, saved
+        (a,) = self._cast(inner, [first])  # what is left of x after clamping is not as large
+        return a, outliers, self._cast(x, others, (a, outliers))
 
     def dgrad(self, dy: Tensor, weight: Tensor, at: Position) -> Tensor:
         """dy [tokens, out], W [out, in] -> dx [tokens, in] in dy's dtype."""

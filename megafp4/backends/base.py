@@ -206,6 +206,26 @@ class Stateless:
 
 
 @runtime_checkable
+class Splitting(Protocol):
+    """A :class:`Backend` that clamps a matrix and casts what is left of it in one pass."""
+
+    def cast_apart(
+        self, x: torch.Tensor, request: CastRequest
+    ) -> tuple[Operand, torch.Tensor | None] | None:
+        """Cast a matrix clamped as its request says, and give what was cut off.
+
+        Args:
+            x: FP32 or BF16 [tokens, features], before clamping.
+            request: The operand.
+
+        Returns:
+            The operand, and BF16 [tokens, features] or, where the recipe drops it, None. None in
+            place of both where no kernel does this.
+        """
+        ...
+
+
+@runtime_checkable
 class Measuring(Protocol):
     """A :class:`Backend` whose GEMM can measure the gradient that it writes."""
 

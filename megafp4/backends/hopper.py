@@ -72,6 +72,12 @@ class HopperBackend:
         """Cast with kernels, from x itself; see :meth:`megafp4.backends.base.Backend.cast`."""
         return self._caster.cast(x, wanted)
 
+    def cast_apart(
+        self, x: torch.Tensor, request: CastRequest
+    ) -> tuple[Operand, torch.Tensor | None] | None:
+        """Clamp and cast; see :meth:`megafp4.backends.base.Splitting.cast_apart`."""
+        return self._caster.apart(x, request)
+
     def adopt(self, stored: QTensor) -> Operand:
         """Bring the integer codes of a grid weight to int8; nothing else is stored as codes."""
         return adopt(stored)

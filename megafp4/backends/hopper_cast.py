@@ -15,6 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from megafp4.backends.base import Operand, PackedOperand, Prepared
+from megafp4.backends.hopper_requests import (
+    draws,
+    is_format,
+    is_ladder,
+    is_plain_fp8,
+    is_recast,
+    sides,
+    streams_of,
+    sums_on_the_way,
+)
 from megafp4.backends.hopper_state import Positions, Windows
 from megafp4.errors import UnsupportedError
 from megafp4.numerics import QTensor, get_format
@@ -26,7 +36,6 @@ if TYPE_CHECKING:
     from megafp4_kernels.mxfp4 import Folded, Packed, Plan
 
 _MXFP4_ROUNDINGS = ("stochastic", "nearest-even", "nearest-away")
-_FP8 = ("fp8-e4m3", "fp8-e5m2")
 
 
 class Caster:
@@ -40,7 +49,7 @@ class Caster:
         """See :meth:`megafp4.backends.base.Backend.cast`."""
         x = x.contiguous()
         for request in wanted:
-            if request.sums is not None and not _sums_on_the_way(x, request):
+            if request.sums is not None and not sums_on_the_way(x, request):
                 torch.sum(x, 0, dtype=torch.float32, out=request.sums)
         if any(request.part is not None for request in wanted):
             # No kernel knows yet where a slice lies, nor reduces what its scale is taken from.
@@ -56,17 +65,17 @@ class Caster:
         if (first.axis, second.axis) != (1, 0):
             return None
         direct = first.through is None and second.through is None
-        if direct and _is(first, "mxfp4") and _is(second, "mxfp4"):
+        if direct and is_format(first, "mxfp4") and is_format(second, "mxfp4"):
             row, col = self._mxfp4(x, first, second)
             return _operand(row, first), _operand(col, second)
-        plain = first.through is None and _is_plain_fp8(first)
-        e4m3 = plain and _is(first, "fp8-e4m3")
-        if e4m3 and _is(second, "mxfp4") and second.through in (None, first):
+        plain = first.through is None and is_plain_fp8(first)
+        e4m3 = plain and is_format(first, "fp8-e4m3")
+        if e4m3 and is_format(second, "mxfp4") and second.through in (None, first):
             return self._e4m3_and_mxfp4(x, first, second)
-        same = plain and _is_plain_fp8(second) and first.operand.format == second.operand.format
+        same = plain and is_plain_fp8(second) and first.operand.format == second.operand.format
         if same and second.through is None:
             return self._fp8_both(x, first, second)
-        if second.through == first and _is_recast(second):
+        if second.through == first and is_recast(second):
             return self._fp4_and_recast(x, first, second)
         return None
 
@@ -76,25 +85,25 @@ class Caster:
             return self._specified(x, request)
         if through is not None:
             return self._through(x, request, through)
-        if _is(request, "mxfp4"):
-            row, col = self._mxfp4(x, *(_sides(request)))
+        if is_format(request, "mxfp4"):
+            row, col = self._mxfp4(x, *(sides(request)))
             return _operand(row if request.axis == 1 else col, request)
-        if _is(request, "nvfp4"):
+        if is_format(request, "nvfp4"):
             return self._nvfp4(x, request)
         if spec.clamp is not None and spec.folds_outliers:
-            return self._fp4(x, request)
+            return self._fp4(x, request) if is_ladder(request) else self._specified(x, request)
         if spec.statistic == "absmax" and request.gemm.hadamard is None:
             return self._lines(x, request)
         return self._specified(x, request)
 
     def _through(self, x: torch.Tensor, request: CastRequest, through: CastRequest) -> Operand:
         """An operand that starts from the value of another."""
-        from_e4m3 = _is(through, "fp8-e4m3") and _is_plain_fp8(through)
-        if from_e4m3 and _is(request, "mxfp4") and request.axis == 0:
+        from_e4m3 = is_format(through, "fp8-e4m3") and is_plain_fp8(through)
+        if from_e4m3 and is_format(request, "mxfp4") and request.axis == 0:
             of = _tensor_scale(x, through)
             _, col = self._mxfp4(x, None, request, of)
             return _operand(col, request)
-        if _is_recast(request):
+        if is_recast(request):
             return self._recast(x, request, through)
         return self._specified(x, request)
 
@@ -166,6 +175,20 @@ class Caster:
         assert data is not None
         return Prepared(data, of, spec.format)
 
+    def apart(
+        self, x: torch.Tensor, request: CastRequest
+    ) -> tuple[Operand, torch.Tensor | None] | None:
+        """See :meth:`megafp4.backends.base.Splitting.cast_apart`."""
+        from megafp4_kernels.outliers import MAX_FEATURES, occ
+
+        clamp = request.operand.clamp
+        if clamp is None or clamp.residual == "folded" or not is_ladder(request):
+            return None
+        if x.shape[1] % 2 or x.shape[1] > MAX_FEATURES:
+            return None
+        found = occ(x.contiguous(), clamp.alpha, mode=clamp.mode, residual=clamp.residual)
+        return Prepared(found.data, found.scale, "fp4-vector"), found.residual
+
     def _fp4(self, x: torch.Tensor, request: CastRequest) -> Operand:
         from megafp4_kernels.outliers import occ
 
@@ -227,7 +250,7 @@ class Caster:
         from megafp4_kernels.nvfp4 import quantize_nvfp4
 
         spec = request.operand
-        streams = _streams(request)
+        streams = streams_of(request)
         if spec.dither_bits != 8 or (request.gemm.hadamard or 16) != 16:
             return self._specified(x, request)
         made = quantize_nvfp4(
@@ -249,7 +272,7 @@ class Caster:
 
     def _specified(self, x: torch.Tensor, request: CastRequest) -> Operand:
         """Cast by the specification, then bring the codes into the form of the tensor cores."""
-        if self.positions.pinned(x.device) and _draws(request):
+        if self.positions.pinned(x.device) and draws(request):
             raise UnsupportedError(
                 f"{request.operand} has no kernel that reads its random bits from the GPU, so a "
                 "CUDA graph would repeat them: leave train.cuda_graph off"
@@ -277,7 +300,7 @@ class Caster:
                 f"backend 'hopper' rounds MXFP4 {', '.join(_MXFP4_ROUNDINGS)} with 8 random bits, "
                 f"not {spec.rounding!r} with {spec.dither_bits}: change the recipe or the backend"
             )
-        streams = _streams(request)
+        streams = streams_of(request)
         window = None if request.packed else self.windows.of(streams[0], device)
         return Plan(
             request.gemm.hadamard or 0,
@@ -293,42 +316,9 @@ class Caster:
 _FLOAT8 = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
 
 
-def _draws(request: CastRequest) -> bool:
-    """Whether an operand, or the one whose value it starts from, depends on random bits."""
-    if request.through is not None and _draws(request.through):
-        return True
-    spec = request.operand
-    rotated = request.gemm.hadamard is not None and request.gemm.signs == "random"
-    return spec.quantized and (spec.rounding == "stochastic" or rotated)
-
-
-def _is(request: CastRequest, fmt: str) -> bool:
-    return request.operand.format == fmt
-
-
-def _is_plain_fp8(request: CastRequest) -> bool:
-    """Whether it is FP8 with one scale, to the nearest even, as it stands."""
-    spec = request.operand
-    return (
-        spec.format in _FP8
-        and spec.shared_scale == "tensor"
-        and spec.rounding == "nearest-even"
-        and spec.prescale == 1
-        and spec.clamp is None
-        and request.gemm.hadamard is None
-    )
-
-
-def _sums_on_the_way(x: torch.Tensor, request: CastRequest) -> bool:
-    """Whether the MXFP4 quantizer adds up the rows that it transforms."""
-    rotated = _is(request, "mxfp4") and request.gemm.hadamard is not None
-    rotated = rotated and request.part is None
-    return rotated and request.axis == 0 and request.through is None and x.dtype == torch.bfloat16
-
-
 def _sums_of(x: torch.Tensor, request: CastRequest) -> torch.Tensor | None:
     """Sums that the MXFP4 quantizer is to fill while it makes an operand along the columns."""
-    return request.sums if _sums_on_the_way(x, request) else None
+    return request.sums if sums_on_the_way(x, request) else None
 
 
 def _tensor_scale(x: torch.Tensor, request: CastRequest) -> torch.Tensor:
@@ -337,16 +327,6 @@ def _tensor_scale(x: torch.Tensor, request: CastRequest) -> torch.Tensor:
 
     fmt = request.operand.format
     return scale(x, fmt, None) if request.amax is None else scale_of(request.amax, fmt)
-
-
-def _is_recast(request: CastRequest) -> bool:
-    """Whether it is tensor-wise E4M3 of the value of E2M1 codes with one scale a row."""
-    through = request.through
-    if through is None or not (_is(request, "fp8-e4m3") and _is_plain_fp8(request)):
-        return False
-    spec, direct = through.operand, through.through is None and through.gemm.hadamard is None
-    plain = spec.shared_scale == "vector" and spec.statistic == "absmax" and spec.prescale == 1
-    return direct and plain and spec.format == "fp4-vector" and through.axis == 1
 
 
 def _rows_at_once(x: torch.Tensor, request: CastRequest, peak: bool = False) -> Lines | None:
@@ -358,18 +338,6 @@ def _rows_at_once(x: torch.Tensor, request: CastRequest, peak: bool = False) -> 
     if not alone or spec.rounding == "stochastic" or x.shape[1] > MAX_COLS:
         return None
     return cast_lines(x, spec.format, rounding=spec.rounding, prescale=spec.prescale, peak=peak)
-
-
-def _sides(request: CastRequest) -> tuple[CastRequest | None, CastRequest | None]:
-    return (request, None) if request.axis == 1 else (None, request)
-
-
-def _streams(request: CastRequest) -> tuple[int, int, int]:
-    """Philox words of the dither and of the signs, and the signs' step (-1: the position's)."""
-    signs = request.key._replace(operand="signs")
-    if request.gemm.signs == "fixed":
-        return request.key.stream, signs._replace(layer=0).stream, 0
-    return request.key.stream, signs.stream, -1
 
 
 def _operand(made: Folded | Packed | None, request: CastRequest) -> Operand:
