@@ -108,6 +108,13 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(nameless)
 
 
+def retain(folder: Path, step: int, keep: int) -> None:
+    """Delete the oldest checkpoints until ``keep`` are left, never the one just saved."""
+    others = [other for other in complete_steps(folder) if other != step]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        discard(folder / step_name(old))
+
+
 def write_latest(folder: Path, step: int) -> None:
     """Point ``latest`` at a step, atomically."""
     path = folder / f"{_UNFINISHED}{LATEST}"

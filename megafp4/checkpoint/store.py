@@ -88,7 +88,7 @@ def save(
     layout.publish(unfinished, final)
     layout.write_latest(folder, step)
     if keep is not None:
-        _retain(folder, step, keep)
+        layout.retain(folder, step, keep)
     return final
 
 
@@ -196,10 +196,3 @@ def _nothing_there(folder: Path) -> CheckpointError:
     return CheckpointError(
         f"{folder} holds no checkpoint (no step_... folder): check the path or start a new run"
     )
-
-
-def _retain(folder: Path, step: int, keep: int) -> None:
-    """Delete the oldest checkpoints until ``keep`` are left, never the one just saved."""
-    others = [other for other in layout.complete_steps(folder) if other != step]
-    for old in others[: max(0, len(others) - (keep - 1))]:
-        layout.discard(folder / layout.step_name(old))
