@@ -26,11 +26,9 @@ from rich.table import Table
 
 from megafp4 import __version__, settings
 from megafp4.config import RunConfig
-from megafp4.errors import ConfigError, MegaFP4Error, unknown_name
+from megafp4.errors import CommunicationError, ConfigError, MegaFP4Error, unknown_name
+from megafp4.launch import USER_ERROR, find_job, is_out_of_memory, refuse, say_who_fails
 from megafp4.models.presets import get_preset, preset_names, preset_summary
-
-USER_ERROR = 2
-"""Exit code of a request that cannot be met."""
 
 Arguments = TypeVar("Arguments")
 Options = TypeVar("Options", "TrainArguments", "CompareArguments")
@@ -151,11 +149,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _dispatch(list(sys.argv[1:] if argv is None else argv))
         except MegaFP4Error as error:
-            return _refuse(" ".join(str(error).split()))
+            return refuse(" ".join(str(error).split()), own=isinstance(error, CommunicationError))
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
+                say_who_fails()
                 raise
-            return _refuse("memory ran out: lower train.micro_batch or model.seq_len, or the model")
+            return refuse("memory ran out: lower train.micro_batch or model.seq_len, or the model")
+        except Exception:
+            say_who_fails()
+            raise
         except KeyboardInterrupt:  # outside the training loop, which ends between two steps
             print("interrupted", file=sys.stderr)
             return 128 + signal.SIGINT
@@ -171,18 +173,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(arguments: list[str]) -> int:
     """Train one model."""
     given, config = _configured("train", TrainArguments, arguments)
-    from megafp4.train.build import build, check, finished_summary
+    from megafp4.train.build import build, check, make_mesh
+    from megafp4.train.folder import finished_summary
     from megafp4.train.loop import train as run_training
 
+    job = find_job()
+
     def say(text: str) -> None:
-        if not given.quiet:
+        if job.speaks and not given.quiet:
             print(text, flush=True)
 
-    check(config)
+    job.use_device(config.device)
+    check(config, job.world_size)
     if (summary := finished_summary(config)) is not None:
         say(f"{config.out} is finished after {summary['steps']} steps: choose another --out")
         return 0
-    progress = run_training(build(config, quiet=given.quiet))
+    job.join(config.device)
+    progress = run_training(build(config, make_mesh(config), quiet=given.quiet))
+    job.leave()
     if progress.stopped_by is not None:
         say(f"stopped after step {progress.done}: the same command continues")
         return 128 + progress.stopped_by
@@ -193,6 +201,8 @@ def train(arguments: list[str]) -> int:
 def compare(arguments: list[str]) -> int:
     """Train one model under several recipes and compare the results."""
     given, config = _configured("compare", CompareArguments, arguments)
+    if (job := find_job()).world_size > 1:
+        raise ConfigError(f"compare was started on {job.world_size} ranks: start it once")
     if config.recipe != _base("compare", given.preset, given.config).recipe:
         raise ConfigError(
             f"compare was given --recipe {config.recipe}: list what to compare with --recipes"
@@ -307,17 +317,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "presets": presets,
     "data": data,
 }
-
-
-def _refuse(sentence: str) -> int:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"error: {sentence}", style="red", markup=False)
-    return USER_ERROR
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    words = ("can't allocate memory", "out of memory")  # torch has no type for a CPU's
-    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
 def _dispatch(arguments: list[str]) -> int:

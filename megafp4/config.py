@@ -165,8 +165,10 @@ class OptimConfig:
     """Step at which ``min_lr`` is reached; None means the last step."""
     wsd_decay_fraction: float = 0.2
     """Share of the steps spent decaying under ``wsd``."""
-    states: Literal["fp32", "bf16-sr", "fp8lm", "coat"] = "fp32"
+    states: Literal["fp32", "bf16-sr", "fp8lm", "coat", "coat-sr", "eco"] = "fp32"
     """How matrices and their moments are kept between steps; see docs/optimizer.md."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the gradients of matrices; bfloat16 for one micro-batch a step on one rank."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr < math.inf or self.lr == 0:
@@ -239,6 +241,59 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a job of several ranks shares the work; dp takes the ranks that the others leave."""
+
+    tp: int = 1
+    """Ranks that share each layer (tensor parallelism)."""
+    sequence: bool = False
+    """Cut norms and residuals over the tp ranks as well (sequence parallelism)."""
+    pp: int = 1
+    """Stages of the pipeline."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    """Order of the pipeline's forward and backward passes."""
+    chunks: int = 1
+    """Stages of each pipeline rank; ``interleaved`` needs at least 2."""
+    layers: tuple[int, ...] = ()
+    """Transformer blocks of each stage, in order; empty shares them evenly."""
+    cp: int = 1
+    """Ranks that share the tokens of a sequence (context parallelism)."""
+    attention: Literal["all-gather", "ring"] = "all-gather"
+    """How attention sees the tokens of the other cp ranks."""
+    zero: Literal[1, 2, 3] = 1
+    """ZeRO stage: what is cut over dp x cp: optimizer state, also gradients, also weights."""
+    wire: Literal["fp8", "fp8-peers", "bf16", "fp32", "fp8-lm"] = "fp8"
+    """What gradients travel as; ``fp8-peers``: without NCCL, ``fp8-lm``: one scale, FP8 sums."""
+    offload: bool = False
+    """Keep optimizer state in host memory."""
+    engine: Literal["megafp4", "deepspeed"] = "megafp4"
+    """Who runs ZeRO."""
+
+    def __post_init__(self) -> None:
+        if self.sequence and self.tp == 1:
+            raise ConfigError(
+                "parallel.sequence needs parallel.tp of at least 2: raise tp, or switch sequence "
+                "parallelism off"
+            )
+        if self.schedule == "interleaved" and self.chunks == 1:
+            raise ConfigError(
+                "parallel.schedule interleaved needs parallel.chunks of at least 2: raise chunks, "
+                "or choose 1f1b"
+            )
+        _require("parallel", self, "a positive integer", _is_positive, "tp", "pp", "chunks", "cp")
+        if any(count < 1 for count in self.layers):
+            raise ConfigError(
+                f"parallel.layers is {list(self.layers)}: give each stage a positive number of "
+                "blocks, or leave it empty"
+            )
+        if self.pp == 1 and (self.chunks > 1 or self.layers):
+            raise ConfigError(
+                "parallel.chunks and parallel.layers cut a pipeline and parallel.pp is 1: raise "
+                "pp, or leave them out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
@@ -264,6 +319,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if not self.out:

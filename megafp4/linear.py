@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,23 @@ from megafp4.backends import Backend, resolve_backend
 from megafp4.backends.base import hollow, refill
 from megafp4.backends.sizes import check_layer, check_tokens
 from megafp4.errors import ConfigError, UnsupportedError
-from megafp4.linear_op import LinearOp
+from megafp4.linear_op import LinearOp, Wgrad
 from megafp4.numerics.grid import GridWeight
 from megafp4.numerics.grid_linear import GridLinear
-from megafp4.precision import RETURNED, Precision
+from megafp4.precision import Precision
 from megafp4.recipes import GEMMS, Recipe, get_recipe
+
+
+class _Call(NamedTuple):
+    """What a call of a linear is made of besides what autograd follows."""
+
+    op: LinearOp
+    weight: Tensor
+    keep: bool
+    """Whether there may be a wgrad."""
+    defers: bool
+    """Whether wgrad is left to :attr:`Precision.deferred`. Autograd is not shown the weight then:
+    it would call the hooks of its gradient in backward, when there is none yet."""
 
 
 class _ThreeGemms(torch.autograd.Function):
@@ -25,9 +38,10 @@ class _ThreeGemms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearOp, keep: bool
+        ctx: Any, x: Tensor, shown: Tensor | None, bias: Tensor | None, call: _Call
     ) -> Tensor:
-        ctx.op, ctx.at, ctx.shape, ctx.weight = op, op.precision.position, x.shape, weight
+        op, weight, keep = call.op, call.weight, call.keep
+        ctx.call, ctx.at, ctx.shape = call, op.precision.position, x.shape
         amax = op.precision.magnitudes.of(x)
         y, kept = op.fprop(
             x.reshape(-1, x.shape[-1]), weight, ctx.at, bias, x.dtype, keep=keep, amax=amax
@@ -38,28 +52,56 @@ class _ThreeGemms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        op, parameter, _, defers = ctx.call
         if torch.is_grad_enabled():
             raise UnsupportedError(
-                f"a derivative of the gradient of {ctx.op.name!r} was asked for (create_graph): "
+                f"a derivative of the gradient of {op.name!r} was asked for (create_graph): "
                 "quantized linears have first derivatives only"
             )
         weight, *tensors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dy = dy.reshape(-1, weight.shape[0])
-        op, at, dx, dw = ctx.op, ctx.at, None, None
-        target = op.precision.target(ctx.weight, op.backend) if needs_weight else RETURNED
-        kept = refill(ctx.kept, tensors) if needs_weight else None
+        at, dx, dw = ctx.at, None, None
+        kept = refill(ctx.kept, tensors) if needs_weight or defers else None
         db = dy.new_empty(weight.shape[0], dtype=torch.float32) if needs_bias else None
-        if needs_x and kept is not None:
+        if defers:
+            dx, wgrad = op.split(dy, kept, weight, at, db)
+            op.precision.deferred.append(partial(_accumulate, parameter, op, wgrad))
+        elif needs_x and kept is not None:
+            target = op.precision.target(parameter, op.backend)
             dx, dw = op.backward(dy, kept, weight, at, target, db)
+            dw = dw if target.returned else None
         elif needs_x:
             dx = op.dgrad(dy, weight, at)
         elif kept is not None:
-            dw, target = op.wgrad(dy, kept, weight, at), RETURNED
-        if db is not None and (dx is None or dw is None):
+            dw = op.wgrad(dy, kept, weight, at)
+        if db is not None and (dx is None or kept is None):
             torch.sum(dy, 0, dtype=torch.float32, out=db)
-        dw = dw if target.accumulate_into is None else None
-        return None if dx is None else dx.view(ctx.shape), dw, db, None, None
+        return None if dx is None else dx.view(ctx.shape), dw, db, None
+
+
+class _Later(torch.autograd.Function):
+    """Autograd's view of a deferred wgrad: asked for the weight's gradient, it runs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, run: Callable[[], Tensor | None]) -> Tensor:
+        ctx.run = run
+        return weight.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.run(), None
+
+
+def _accumulate(weight: Tensor, op: LinearOp, wgrad: Wgrad) -> None:
+    """Run a deferred wgrad and let autograd accumulate it, which calls the weight's hooks."""
+
+    def run() -> Tensor | None:
+        target = op.precision.target(weight, op.backend)
+        dw = wgrad(target)
+        return dw if target.returned else None
+
+    _Later.apply(weight, run).backward(weight.new_empty(0))
 
 
 class Linear(GridLinear):
@@ -152,7 +194,10 @@ class Linear(GridLinear):
         again = torch._C._current_graph_task_id() != -1
         if self.training and self.op.precision is self._own_precision and not again:
             self.op.precision.step += 1
-        return _ThreeGemms.apply(x, self.weight, self.bias, self.op, keep)
+        # Where x needs no gradient, no backward pass would come by to leave a wgrad.
+        defers = keep and x.requires_grad and self.op.precision.deferred is not None
+        call = _Call(self.op, self.weight, keep, defers)
+        return _ThreeGemms.apply(x, None if defers else self.weight, self.bias, call)
 
     def to_grid(self) -> None:
         """Move the weight onto the recipe's grid: packed codes and steps become its only copy.

@@ -22,7 +22,9 @@ The weight draws once per step, so it is quantized once per step and shared by a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,13 +32,17 @@ from torch import Tensor
 from megafp4.backends import Backend, Operand, Slope, operand_format
 from megafp4.backends.base import Measuring, Splitting
 from megafp4.errors import ConfigError
-from megafp4.numerics import Key, QTensor
+from megafp4.numerics import Key, QTensor, Slice
 from megafp4.numerics.grid import GridWeight
 from megafp4.precision import RETURNED, Position, Precision, Target, WeightCache
 from megafp4.recipes import DGE, GEMMS, Gemm, Recipe, Side
 from megafp4.recipes.cast import CastRequest, cast_from, split_outliers
 
 FP32 = torch.float32
+
+Wgrad: TypeAlias = Callable[[Target], Tensor]
+"""A wgrad whose operands are ready: computes dW [out, in], for the target that it is given."""
+
 # Contraction axis of a and of b, as in the table above.
 _AXES = {"fprop": (1, 1), "residual": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}
 
@@ -45,8 +51,9 @@ _AXES = {"fprop": (1, 1), "residual": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}
 class LinearOp:
     """The three GEMMs of one layer; a function of tensors that owns no parameters.
 
-    ``fprop``, ``dgrad`` and ``wgrad`` can be called on their own, as pipeline schedules do; ``at``
-    is the position of the forward pass they belong to.
+    ``fprop``, ``dgrad`` and ``wgrad`` can be called on their own; ``split`` runs dgrad and leaves
+    wgrad for later, as zero-bubble pipelines do. ``at`` is the position of the forward pass that
+    they belong to.
 
     Raises:
         UnsupportedError: The backend cannot multiply what the recipe asks for.
@@ -114,7 +121,8 @@ class LinearOp:
                 return *apart, self._cast(x, others, apart)
         inner, outliers = split_outliers(x, first.operand, first.part)
         if inner is x:
-            a, *saved = self._cast(x, [replace(first, amax=amax), *others])
+            known = amax if first.part is None else None  # of a slice, not of the whole
+            a, *saved = self._cast(x, [replace(first, amax=known), *others])
             return a, outliers, saved
         (a,) = self._cast(inner, [first])  # what is left of x after clamping is not as large
         return a, outliers, self._cast(x, others, (a, outliers))
@@ -148,10 +156,25 @@ class LinearOp:
             target: What becomes of dW.
             sums: FP32 [out], to be filled with the sums of dy over the tokens.
         """
+        dx, wgrad = self.split(dy, kept, weight, at, sums)
+        return dx, wgrad(target)
+
+    def split(
+        self, dy: Tensor, kept: Operand, weight: Tensor, at: Position, sums: Tensor | None = None
+    ) -> tuple[Tensor, Wgrad]:
+        """Dgrad now, wgrad when it is called; arguments as in :meth:`backward`.
+
+        dy is cast once for both, so that nothing is drawn twice: until the call, wgrad's operand is
+        all that is kept of it.
+        """
         for_wgrad = replace(self._request("wgrad", "a", at), sums=sums)
         a, b = self._cast(dy, [self._request("dgrad", "a", at), for_wgrad])
         dx = self._dgrad(a, weight, at, dy.dtype)
-        return dx, self._wgrad(b, kept, weight, at, target)
+        return dx, functools.partial(self._wgrad, b, kept, weight, at)
+
+    def use_cache(self, cache: WeightCache) -> None:
+        """Keep the weight's operands there from now on."""
+        self._cache = cache
 
     def forget_weights(self) -> None:
         """Quantize the weight anew when it is next multiplied."""
@@ -195,6 +218,7 @@ class LinearOp:
             self._request("fprop", source, at, weight) if through else None,
             spec.side(side).saved_as == "packed",
             amax=None if weight is None else self.precision.magnitudes.of(weight),
+            part=None if weight is not None or at.others is None else Slice(at.others, 0),
         )
 
     def _cast(
@@ -253,7 +277,7 @@ class LinearOp:
         formats, who = (operand_format(a), operand_format(b)), self.backend.ran_as(a, b)
         self.precision.ledger.record(self.name, gemm, *formats, who)
         alpha = 1.0 if gemm == "residual" else getattr(self.recipe, gemm).alpha
-        into, parameter = target
+        into, parameter = target.accumulate_into, target.measured_for
         if parameter is not None and out_dtype == FP32 and isinstance(self.backend, Measuring):
             out, squares = self.backend.measured_gemm(
                 a, b, _AXES[gemm], alpha, slope=slope, accumulate_into=into
@@ -262,5 +286,13 @@ class LinearOp:
                 self.precision.squares.record(parameter, out, squares)
             return out
         return self.backend.gemm(
-            a, b, _AXES[gemm], alpha, out_dtype, bias=bias, slope=slope, accumulate_into=into
+            a,
+            b,
+            _AXES[gemm],
+            alpha,
+            out_dtype,
+            bias=bias,
+            slope=slope,
+            accumulate_into=into,
+            overwrite=target.overwrite,
         )

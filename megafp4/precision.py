@@ -6,7 +6,8 @@ micro-batch; the linears read them in forward and keep what they read for backwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megafp4.backends.base import Backend, Operand
 from megafp4.backends.ledger import Ledger
-from megafp4.numerics import QTensor
+from megafp4.numerics import Peers, QTensor, Runs
 
 
 class Position(NamedTuple):
@@ -24,8 +25,10 @@ class Position(NamedTuple):
 
     step: int
     """Optimizer step."""
-    first_token: int
-    """Index of the micro-batch's first token within the step's global batch."""
+    first_token: int | Runs
+    """Index of the micro-batch's first token within the step's global batch, or runs."""
+    others: Peers | None = None
+    """Who holds other tokens of the same sequences."""
 
 
 class Probe(Protocol):
@@ -155,9 +158,14 @@ class Target(NamedTuple):
     """What becomes of a weight's gradient, besides that wgrad returns it."""
 
     accumulate_into: torch.Tensor | None = None
-    """FP32 [out, in]: the gradient that exists already, to which the GEMM adds."""
+    """FP32 [out, in]: the gradient that exists already, to which the GEMM adds, or memory that is
+    kept for it."""
     measured_for: torch.Tensor | None = None
     """Parameter under which the squares of an FP32 gradient are noted."""
+    overwrite: bool = False
+    """``accumulate_into`` holds nothing yet."""
+    returned: bool = True
+    """Whether autograd gets the result too, and hands it to the weight's hooks."""
 
 
 RETURNED = Target()
@@ -179,8 +187,11 @@ class Precision:
     """Seed of stochastic rounding and Hadamard signs."""
     step: int = 0
     """Optimizer step, set by the training loop."""
-    first_token: int = 0
-    """Index of the next micro-batch's first token within the step, set by the training loop."""
+    first_token: int | Runs = 0
+    """Index of the next micro-batch's first token within the step, set by the training loop; runs
+    where a rank holds parts of the sequences."""
+    others: Peers | None = field(default=None, repr=False, compare=False)
+    """The ranks that hold other parts of the same sequences, if they are cut."""
     accumulates: bool = False
     """Let wgrad add into ``weight.grad`` itself where that saves a pass over it. For loops that
     call ``backward()``: ``torch.autograd.grad`` would find no gradient of the weight then."""
@@ -197,18 +208,42 @@ class Precision:
     """Counts every GEMM that runs."""
     probe: Probe | None = None
     """Called for each quantization; None costs nothing."""
+    deferred: list[Callable[[], None]] | None = field(default=None, repr=False, compare=False)
+    """Where backward leaves the wgrads that a zero-bubble pipeline runs later, in order; None runs
+    them in backward. A call computes a weight's gradient and has autograd accumulate it."""
+
+    destination: Callable[[torch.Tensor], tuple[torch.Tensor, bool] | None] | None = field(
+        default=None, repr=False, compare=False
+    )
+    """Where sharded training keeps the gradient of a weight, and whether to overwrite what is
+    there; None for weights whose gradients autograd keeps. Whoever is told a place must write."""
 
     def target(self, weight: torch.Tensor, backend: Backend) -> Target:
-        """Say what wgrad may do with the gradient of a weight that autograd asks for."""
+        """Say what wgrad is to do with the gradient of a weight that it is about to compute."""
         if not weight.is_leaf:
             return RETURNED
+        if self.destination is not None and backend.accumulates:
+            place = self.destination(weight)
+            if place is not None:
+                return Target(place[0], None, place[1])
         measured_for, grad = weight if self.measures else None, weight.grad
         hooked = weight._backward_hooks or weight._post_accumulate_grad_hooks
         adds = self.accumulates and backend.accumulates and not hooked
         fits = grad is not None and grad.dtype == torch.float32 and grad.is_contiguous()
-        return Target(grad if adds and fits else None, measured_for)
+        into = grad if adds and fits else None
+        return Target(into, measured_for, returned=into is None)
 
     @property
     def position(self) -> Position:
-        """Step and first token, to be kept from forward to backward."""
-        return Position(self.step, self.first_token)
+        """Step and tokens, to be kept from forward to backward."""
+        return Position(self.step, self.first_token, self.others)
+
+    @contextlib.contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Let what runs meanwhile leave no trace in ledger and statistics."""
+        ledger, probe = self.ledger, self.probe
+        self.ledger, self.probe = Ledger(), None
+        try:
+            yield
+        finally:
+            self.ledger, self.probe = ledger, probe

@@ -25,6 +25,7 @@ from megafp4.config import RunConfig
 from megafp4.errors import ConfigError, unknown_name
 
 Table = Mapping[str, Any]
+Names = typing.Collection[str]
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def to_table(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def differences(saved: RunConfig, given: RunConfig, ignored: typing.Collection[str]) -> list[str]:
+def differences(saved: RunConfig, given: RunConfig, ignored: Names) -> list[str]:
     """Name the fields in which two configurations differ, with both values.
 
     Args:
@@ -100,6 +101,11 @@ def differences(saved: RunConfig, given: RunConfig, ignored: typing.Collection[s
         for name in before
         if name not in ignored and before[name] != after[name]
     ]
+
+
+def field_names(config: RunConfig) -> list[str]:
+    """Dotted names of all fields, ``"train.steps"`` say."""
+    return list(_flatten(to_table(config)))
 
 
 def _flatten(table: Table, prefix: str = "") -> dict[str, Any]:

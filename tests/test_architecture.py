@@ -42,6 +42,7 @@ TABLE: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "report": {"errors"},
     "settings": {"config", "models", "errors"},
+    "launch": {"parallel", "errors"},
 }
 EVERYTHING = {"train", "cli"}
 READS_ENVIRONMENT = {"cli.py", "launch.py", "train/compare.py"}

@@ -80,7 +80,7 @@ def test_precedence_is_preset_then_file_then_option(
     )
     seen: list[RunConfig] = []
 
-    def stop(config: RunConfig, **_: Any) -> None:
+    def stop(config: RunConfig, *_: Any, **__: Any) -> None:
         seen.append(config)
         raise ConfigError("seen")
 
@@ -367,7 +367,7 @@ def test_compare_makes_the_data_once_and_passes_everything_on(
     monkeypatch.setattr("megafp4.train.compare.run_compare", run_compare)
     opened: list[tuple[str, ...]] = []
     monkeypatch.setattr(
-        "megafp4.train.build.open_batches", lambda config, _: opened.append(config.data.train)
+        "megafp4.train.build.open_batches", lambda config, *_: opened.append(config.data.train)
     )
     out = str(tmp_path / "out")
     argv = ["compare", "gpt-tiny", "--recipes", "bf16, fp4", "--jobs", "3", "--train.seed", "8"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megafp4.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megafp4.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megafp4.errors import ConfigError
 
 NAN = float("nan")
@@ -37,6 +37,11 @@ NAN = float("nan")
         (TrainConfig, "max_spikes", 0),
         (TrainConfig, "seed", -1),
         (TrainConfig, "seed", 2**32),
+        (ParallelConfig, "tp", 0),
+        (ParallelConfig, "pp", -1),
+        (ParallelConfig, "cp", 0),
+        (ParallelConfig, "chunks", 0),
+        (ParallelConfig, "layers", (3, 0)),
         (RunConfig, "out", ""),
     ],
 )
@@ -50,3 +55,10 @@ def test_zero_switches_off() -> None:
     TrainConfig(eval_interval=0, eval_batches=0, log_interval=0, checkpoint_interval=0)
     OptimConfig(clip_grad=0.0, weight_decay=0.0, min_lr=0.0)
     ModelConfig(kv_heads=None, ffn_hidden=None)
+
+
+def test_parts_of_a_mesh_that_need_others() -> None:
+    with pytest.raises(ConfigError, match=r"sequence needs parallel\.tp of at least 2"):
+        ParallelConfig(sequence=True)
+    with pytest.raises(ConfigError, match=r"interleaved needs parallel\.chunks of at least 2"):
+        ParallelConfig(schedule="interleaved", pp=2)

@@ -117,6 +117,7 @@ def field_rows(kind: type) -> list[str]:
         ("[data]", config.DataConfig),
         ("[optim]", config.OptimConfig),
         ("[train]", config.TrainConfig),
+        ("[parallel]", config.ParallelConfig),
     ],
 )
 def test_the_configuration_page_repeats_the_fields(heading: str, kind: type) -> None:

@@ -34,7 +34,6 @@ DTYPES = {
 }
 """What the codes of a format are stored as; those of ``fp4-vector`` as their E2M1 values."""
 ROUNDINGS = ("nearest-even", "nearest-away", "nearest-up", "stochastic")
-OFFSETS = ("line", "k", "none")
 
 _TILE = (64, 128)  # rows and columns: both outputs are written in runs of at least 64 bytes
 _WARPS = 4
@@ -67,6 +66,8 @@ def _cast_kernel(
     x,
     scale,
     position,
+    row_runs,
+    col_runs,
     row_out,
     col_out,
     rows,
@@ -76,7 +77,6 @@ def _cast_kernel(
     SCALE_AXIS: tl.constexpr,
     FORMAT: tl.constexpr,
     ROUNDING: tl.constexpr,
-    OFFSET: tl.constexpr,
     PRESCALE: tl.constexpr,
     HARDWARE: tl.constexpr,
     ROW: tl.constexpr,
@@ -111,11 +111,15 @@ def _cast_kernel(
     if ROUNDING == "stochastic":
         # The draw belongs to (line, k), so a tile is turned before it is rounded.
         if ROW:
-            noise = dither(position, stream, first_row, first_col, ROWS, COLS, OFFSET)
+            noise = dither(
+                position, row_runs, col_runs, stream, first_row, first_col, ROWS, COLS, 1
+            )
             codes = encode(value, noise, FORMAT, ROUNDING, HARDWARE)
             store_codes(codes, row_out, first_row, first_col, rows, cols, PACKED, ROWS, COLS)
         else:
-            noise = dither(position, stream, first_col, first_row, COLS, ROWS, OFFSET)
+            noise = dither(
+                position, row_runs, col_runs, stream, first_col, first_row, COLS, ROWS, 0
+            )
             codes = encode(tl.trans(value), noise, FORMAT, ROUNDING, HARDWARE)
             store_codes(codes, col_out, first_col, first_row, cols, rows, PACKED, COLS, ROWS)
     else:
@@ -137,8 +141,9 @@ def cast(
     rounding: str = "nearest-even",
     prescale: float = 1.0,
     position: Tensor | None = None,
+    row_runs: Tensor | None = None,
+    col_runs: Tensor | None = None,
     stream: int = 0,
-    offset: str = "none",
     scale_axis: int | None = None,
     packed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -153,10 +158,11 @@ def cast(
         rounding: ``nearest-even``, ``nearest-away``, ``nearest-up`` or ``stochastic``; the last
             draws by line and k, hence for one output a call.
         prescale: FP32 factor applied after the scale.
-        position: int64 [3] (seed as signed 64 bits, step, first token); for stochastic rounding.
+        position: int64 [4] (seed as signed 64 bits, step, first row, first column), of which the
+            one that is contracted is a multiple of 16; for stochastic rounding.
+        row_runs: Where the rows lie in the whole, see :mod:`megafp4_kernels.philox`.
+        col_runs: Where the columns lie.
         stream: Word 3 of the Philox counter: layer * 256 + GEMM * 16 + operand.
-        offset: Coordinate that the first token is added to: ``line``, ``k`` (then it must be a
-            multiple of 16) or ``none``.
         scale_axis: What ``scale`` has one of: 0 for rows, 1 for columns, None for the tensor.
         packed: For ``fp4-vector``: 4-bit codes, two a byte, even index in the low nibble.
 
@@ -169,8 +175,9 @@ def cast(
     """
     axis = -1 if scale_axis is None else scale_axis
     outputs = torch.ops.megafp4.cast(
-        x, fmt, scale, row, col, rounding, float(prescale), position, stream, offset, axis, packed
-    )
+        x, fmt, scale, row, col, rounding, float(prescale), position, row_runs, col_runs, stream,
+        axis, packed,
+    )  # fmt: skip
     return outputs[0] if row else None, outputs[-1] if col else None
 
 
@@ -183,15 +190,17 @@ def _cast(
     rounding: str,
     prescale: float,
     position: Tensor | None,
+    row_runs: Tensor | None,
+    col_runs: Tensor | None,
     stream: int,
-    offset: str,
     axis: int,
     packed: bool,
 ) -> list[Tensor]:
     """Return the outputs that were asked for, that of the rows first."""
     outputs = _fake_cast(
-        x, fmt, scale, row, col, rounding, prescale, position, stream, offset, axis, packed
-    )
+        x, fmt, scale, row, col, rounding, prescale, position, row_runs, col_runs, stream, axis,
+        packed,
+    )  # fmt: skip
     check_device(x)
     rows, cols = x.shape
     if x.numel() == 0:
@@ -201,6 +210,8 @@ def _cast(
         x,
         scale,
         position,
+        row_runs,
+        col_runs,
         outputs[0].view(torch.uint8),
         outputs[-1].view(torch.uint8),
         rows,
@@ -210,7 +221,6 @@ def _cast(
         SCALE_AXIS=axis,
         FORMAT="fp4-packed" if packed else fmt,
         ROUNDING=rounding,
-        OFFSET=offset,
         PRESCALE=prescale != 1.0,
         HARDWARE=not packed and has_instructions(fmt, rounding, x.device),
         ROW=row,
@@ -244,8 +254,9 @@ def _fake_cast(
     rounding: str,
     prescale: float,
     position: Tensor | None,
+    row_runs: Tensor | None,
+    col_runs: Tensor | None,
     stream: int,
-    offset: str,
     axis: int,
     packed: bool,
 ) -> list[Tensor]:
@@ -257,7 +268,7 @@ def _fake_cast(
             f"row is {row} and col is {col} with {rounding} rounding: ask for at least one output, "
             "and for a stochastic one alone, because its draw depends on the lines"
         )
-    check_rounding(x, rounding, position, offset)
+    check_rounding(x, rounding, position, row_runs, col_runs)
     if axis not in (-1, 0, 1):
         raise ValueError(f"scale_axis is {axis}: choose 0 for rows, 1 for columns or None")
     count = 1 if axis == -1 else x.shape[axis]
@@ -277,28 +288,38 @@ def _fake_cast(
     return [x.new_empty(x.shape[i], x.shape[k] // per_byte, dtype=dtype) for i, k in shapes]
 
 
-def check_rounding(x: Tensor, rounding: str, position: Tensor | None, offset: str) -> None:
+def check_rounding(
+    x: Tensor,
+    rounding: str,
+    position: Tensor | None,
+    row_runs: Tensor | None,
+    col_runs: Tensor | None,
+) -> None:
     """Raise ValueError unless the rounding exists and has the random position that it needs."""
-    if rounding not in ROUNDINGS or offset not in OFFSETS:
-        raise ValueError(
-            f"rounding is {rounding!r} and offset {offset!r}: choose a rounding of "
-            f"{', '.join(ROUNDINGS)} and an offset of {', '.join(OFFSETS)}"
-        )
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding is {rounding!r}: choose one of {', '.join(ROUNDINGS)}")
     if rounding == "stochastic" and position is None:
-        raise ValueError("stochastic rounding has no position: give int64 [3] on x's device")
-    if position is not None and (
-        position.dtype != torch.int64 or position.shape != (3,) or position.device != x.device
+        raise ValueError("stochastic rounding has no position: give int64 [4] on x's device")
+    rows, cols = (8 * triton.cdiv(count, 128) for count in x.shape)
+    for name, given, dtype, length in (
+        ("position", position, torch.int64, 4),
+        ("row_runs", row_runs, torch.int32, rows),
+        ("col_runs", col_runs, torch.int32, cols),
     ):
-        raise ValueError(
-            f"position is {position.dtype} {list(position.shape)} on {position.device}: give int64 "
-            f"[3] on {x.device}"
-        )
+        if given is not None and (
+            given.dtype != dtype or given.shape != (length,) or given.device != x.device
+        ):
+            raise ValueError(
+                f"{name} is {given.dtype} {list(given.shape)} on {given.device}: give {dtype} "
+                f"[{length}] on {x.device}"
+            )
 
 
 define(
     "cast",
     "(Tensor x, str fmt, Tensor scale, bool row, bool col, str rounding, float prescale, "
-    "Tensor? position, int stream, str offset, int axis, bool packed) -> Tensor[]",
+    "Tensor? position, Tensor? row_runs, Tensor? col_runs, int stream, int axis, bool packed) "
+    "-> Tensor[]",
     _cast,
     _fake_cast,
 )

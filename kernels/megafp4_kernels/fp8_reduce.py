@@ -2,7 +2,7 @@
 
 A message is a run of E4M3 codes followed by one scale byte for every :data:`BLOCK` of them. A scale
 is a power of two, so a decoded value is exact and a sum does not depend on how its multiplications
-and additions are fused: all three kernels are bit-equal to ``megafp4.parallel.blocks``, which says
+and additions are fused: all kernels are bit-equal to ``megafp4.parallel.blocks``, which says
 what the bytes are. Each reads its input once; a block finds its own largest magnitude, so nothing
 waits for a statistic of the whole tensor or of another rank.
 """
@@ -73,6 +73,23 @@ def _cast_kernel(x, out, x_stride, out_stride, count, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def _cast_to_peers_kernel(
+    x, peers, slot, x_stride, width, count, RANKS: tl.constexpr, HARDWARE: tl.constexpr
+):
+    """One granule of one rank's message, written where that rank keeps what slot's sender sends."""
+    # Neighbouring programs write to different ranks, and at one time ranks write to different ones.
+    rank = (tl.program_id(0) + slot) % RANKS
+    block = (tl.program_id(0) // RANKS) * _BLOCKS + tl.arange(0, _BLOCKS)
+    place = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    value = tl.load(x + rank.to(tl.int64) * x_stride + place).to(tl.float32)
+    codes, byte = _encode(value, HARDWARE)
+    memory = tl.load(peers + rank).to(tl.pointer_type(tl.uint8))
+    message = tl.multiple_of(memory, 16) + tl.cast(slot, tl.int64) * width
+    tl.store(message + place, codes)
+    tl.store(message + count + block, byte.to(tl.uint8))
+
+
+@triton.jit
 def _row(message, count, block, place, CODED: tl.constexpr, HARDWARE: tl.constexpr):
     """One granule of what one rank sent, as FP32."""
     if CODED:
@@ -128,6 +145,93 @@ def _sum_kernel(
         tl.store(out + place, total)
 
 
+@triton.jit
+def _cast_shared_kernel(x, factor, out, HARDWARE: tl.constexpr, TILE: tl.constexpr):
+    """One granule of a tensor times a factor."""
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    value = tl.load(x + place).to(tl.float32) * tl.load(factor)
+    value = tl.where((value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000, 0.0, value)
+    value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+    if HARDWARE:
+        codes = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        codes = encode_minifloat(value, value, 4, 3, -6, 0x7E, "nearest-even").to(tl.uint8)
+    tl.store(out + place, codes)
+
+
+@triton.jit
+def _decode_shared_kernel(
+    codes, factor, out, saturated, ACCUMULATE: tl.constexpr, HARDWARE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """One granule of codes times a factor, and how many of them are the largest."""
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    code = tl.load(codes + place)
+    tl.store(saturated + tl.program_id(0), tl.sum(((code & 0x7F) == 0x7E).to(tl.int32), axis=0))
+    if HARDWARE:
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        value = decode_e4m3(code.to(tl.int32))
+    value *= tl.load(factor)
+    if ACCUMULATE:
+        value = tl.load(out + place) + value
+    tl.store(out + place, value)
+
+
+def cast_shared(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Cast a tensor times a factor to E4M3; beyond 448 it saturates, and NaN becomes 0.
+
+    Args:
+        x: BF16 or FP32 [count], contiguous; count is a multiple of :data:`GRANULE`.
+        factor: FP32, one number on the device.
+        out: uint8 [count]; overwritten with codes.
+
+    Raises:
+        ValueError: Arguments are not as above.
+    """
+    count = x.numel()
+    message_bytes(count)
+    _check(x[None], (torch.bfloat16, torch.float32), count)
+    _check(out[None], (torch.uint8,), count)
+    if count:
+        _cast_shared_kernel[(count // GRANULE,)](
+            x, factor, out, HARDWARE=has_fp8_conversions(x.device), TILE=GRANULE
+        )
+
+
+def decode_shared(codes: Tensor, factor: Tensor, out: Tensor, accumulate: bool) -> Tensor:
+    """Decode E4M3 times a factor.
+
+    Args:
+        codes: uint8 [count]; count is a multiple of :data:`GRANULE`.
+        factor: FP32, one number on the device.
+        out: FP32 [count]; overwritten, or added to.
+        accumulate: Add to ``out``.
+
+    Returns:
+        Number of codes of magnitude 448, int64 0-dim on the device.
+
+    Raises:
+        ValueError: Arguments are not as above.
+    """
+    count = codes.numel()
+    message_bytes(count)
+    _check(codes[None], (torch.uint8,), count)
+    _check(out[None], (torch.float32,), count)
+    saturated = torch.zeros(max(count // GRANULE, 1), dtype=torch.int32, device=out.device)
+    if count:
+        _decode_shared_kernel[(count // GRANULE,)](
+            codes,
+            factor,
+            out,
+            saturated,
+            ACCUMULATE=accumulate,
+            HARDWARE=has_fp8_conversions(out.device),
+            TILE=GRANULE,
+        )
+    return saturated.sum()
+
+
 def cast_blocks(x: Tensor, out: Tensor) -> None:
     """Cast each row of x to a message.
 
@@ -142,6 +246,41 @@ def cast_blocks(x: Tensor, out: Tensor) -> None:
     if count:
         _cast_kernel[(count // GRANULE, ranks)](
             x, out, x.stride(0), out.stride(0), count, HARDWARE=has_fp8_conversions(x.device)
+        )
+
+
+def cast_blocks_to_peers(x: Tensor, peers: Tensor, slot: int) -> None:
+    """Cast each row of x to a message, and write it to the memory of the rank that it is for.
+
+    Returns at once; a message has arrived when the writer's kernel has ended.
+
+    Args:
+        x: BF16 or FP32 [ranks, count], rows contiguous; count is a multiple of :data:`GRANULE`.
+        peers: int64 [ranks] on the device: where each rank keeps messages, uint8 [ranks, width],
+            at an address that is a multiple of 16 and that this device can write to.
+        slot: Row of that memory, at every rank: the number of this rank.
+
+    Raises:
+        ValueError: Arguments are not as above.
+    """
+    ranks, count = x.shape if x.dim() == 2 else (0, -1)
+    _check(x, (torch.bfloat16, torch.float32), count)
+    width = message_bytes(count)
+    if peers.dtype != torch.int64 or peers.shape != (ranks,) or not 0 <= slot < ranks:
+        raise ValueError(
+            f"{peers.dtype} {list(peers.shape)} addresses and slot {slot} for {ranks} rows: give "
+            "one int64 address and one slot for each row"
+        )
+    if count:
+        _cast_to_peers_kernel[(count // GRANULE * ranks,)](
+            x,
+            peers,
+            slot,
+            x.stride(0),
+            width,
+            count,
+            RANKS=ranks,
+            HARDWARE=has_fp8_conversions(x.device),
         )
 
 

@@ -27,24 +27,19 @@ waits for the GPU.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megafp4_kernels.driver import Kernel, load, sm_count, tensor_map
+from megafp4_kernels.driver import load, sm_count, tensor_map
+from megafp4_kernels.mxfp4_variants import OUTPUTS, ROUNDINGS, THREADS, TILE, config
 
 BLOCK = 32
 WINDOW = 8
 RAISED, MOVED = 5, 6  # fields of a window
 
-_TILE, _THREADS = 128, 256
-_ROUNDINGS = {"stochastic": 0, "nearest-even": 1, "nearest-away": 2}
-_OUTPUTS = {"": 0, "folded": 1, "packed": 2, "e4m3": 3}
-_Kind = tuple[str, int, str, bool]
-_FOUR_BITS = {"folded", "packed"}
-_OFFSETS = {"none": 0, "line": 1, "k": 2}
+_GRANULES = TILE // 16  # entries of runs for the lines of a tile
 _HADAMARD = (0, 16, 32, 64, 128)
 _SOURCES = (torch.bfloat16, torch.float32)
 
@@ -59,8 +54,6 @@ class Plan(NamedTuple):
         stream: Word 3 of the dither's Philox counter.
         sign_stream: Word 3 of the signs' Philox counter.
         sign_step: Step of the signs; -1: the position's.
-        offset: What the position's first token is added to: "line", "k" (it must then be a multiple
-            of 16) or "none".
         output: "folded" or "packed".
         window: State of a folded operand, int32 [8]; None: a fresh one, so that both launches run.
     """
@@ -71,7 +64,6 @@ class Plan(NamedTuple):
     stream: int = 0
     sign_stream: int = 0
     sign_step: int = -1
-    offset: str = "none"
     output: str = "folded"
     window: Tensor | None = None
 
@@ -102,6 +94,8 @@ def quantize(
     row: Plan | E4M3Plan | None,
     col: Plan | None,
     *,
+    row_runs: Tensor | None = None,
+    col_runs: Tensor | None = None,
     col_from_e4m3: Tensor | None = None,
     col_sums: Tensor | None = None,
 ) -> tuple[Folded | Packed | None, Folded | Packed | None]:
@@ -109,9 +103,13 @@ def quantize(
 
     Args:
         x: BF16 or FP32 [rows, cols], contiguous along the columns, its rows 16-byte aligned.
-        position: int64 CUDA [3]: seed (as signed 64 bits), optimizer step, first token.
+        position: int64 CUDA [4]: seed (as signed 64 bits), optimizer step, first row, first column
+            in the whole of which x may be a slice; what is contracted begins at a multiple of 16.
         row: For the output of lines = rows, contracted over the columns.
         col: For the output of lines = columns, contracted over the rows (the transpose).
+        row_runs: Where the rows lie in the whole, see :mod:`megafp4_kernels.philox`; None if they
+            are contiguous there.
+        col_runs: Where the columns lie.
         col_from_e4m3: FP32 [1]: the col output quantizes the value of x's E4M3 code at this scale
             instead of x.
         col_sums: FP32 [cols], becomes the sums of x itself over its rows, always added in the same
@@ -126,7 +124,7 @@ def quantize(
     """
     first, second = _arguments(row, x), _arguments(col, x)
     operator = torch.ops.megafp4.mxfp4_quantize.default
-    out = operator(x, position, *first, *second, col_from_e4m3, col_sums)
+    out = operator(x, position, *first, *second, row_runs, col_runs, col_from_e4m3, col_sums)
     return _result(row, out[0], out[1]), _result(col, out[2], out[3])
 
 
@@ -153,18 +151,18 @@ class _Side(NamedTuple):
     rounding: str
     prescale: float
     streams: list[int]
-    offset: str
     window: Tensor | None
     scale: Tensor | None
 
 
 _SIDE = (
     "str {0}_output, int {0}_hadamard, str {0}_rounding, float {0}_prescale, int[] {0}_streams, "
-    "str {0}_offset, Tensor({1}!)? {0}_window, Tensor? {0}_scale"
+    "Tensor({1}!)? {0}_window, Tensor? {0}_scale"
 )
 _SCHEMA = (
     f"(Tensor x, Tensor position, {_SIDE.format('row', 'a')}, {_SIDE.format('col', 'b')}, "
-    "Tensor? e4m3_scale, Tensor(c!)? col_sums) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? row_runs, Tensor? col_runs, Tensor? e4m3_scale, Tensor(c!)? col_sums) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _FIELDS = len(_Side._fields)
 
@@ -172,7 +170,7 @@ _FIELDS = len(_Side._fields)
 def _arguments(plan: Plan | E4M3Plan | None, x: Tensor) -> _Side:
     if plan is None or isinstance(plan, E4M3Plan):
         output, scale = ("e4m3", plan.scale) if plan else ("", None)
-        return _Side(output, 0, "nearest-even", 1.0, [0, 0, -1], "none", None, scale)
+        return _Side(output, 0, "nearest-even", 1.0, [0, 0, -1], None, scale)
     window = plan.window
     if plan.output == "folded" and window is None:
         window = torch.zeros(WINDOW, dtype=torch.int32, device=x.device)
@@ -182,7 +180,6 @@ def _arguments(plan: Plan | E4M3Plan | None, x: Tensor) -> _Side:
         plan.rounding,
         float(plan.prescale),
         [plan.stream, plan.sign_stream, plan.sign_step],
-        plan.offset,
         window if plan.output == "folded" else None,
         None,
     )
@@ -196,13 +193,22 @@ def _result(plan: Plan | E4M3Plan | None, data: Tensor, scale: Tensor) -> Folded
     return Folded(data, scale) if plan.output == "folded" else Packed(data, scale)
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[_Side, _Side, Tensor | None, Tensor | None]:
+class _Rest(NamedTuple):
+    """The operator's arguments after both sides."""
+
+    row_runs: Tensor | None
+    col_runs: Tensor | None
+    e4m3_scale: Tensor | None
+    sums: Tensor | None
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[_Side, _Side, _Rest]:
     row, col = _Side(*arguments[:_FIELDS]), _Side(*arguments[_FIELDS : 2 * _FIELDS])
-    return row, col, *arguments[2 * _FIELDS :]
+    return row, col, _Rest(*arguments[2 * _FIELDS :])
 
 
 def _fake_quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    row, col, e4m3_scale, sums = _split(arguments)
+    row, col, (row_runs, col_runs, e4m3_scale, sums) = _split(arguments)
     if x.ndim != 2 or x.dtype not in _SOURCES or (x.numel() and x.stride(1) != 1):
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}: give a bfloat16 or float32 "
@@ -214,7 +220,10 @@ def _fake_quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor
             f"a row of x has {cols} elements of {x.dtype} at a stride of {x.stride(0)}: make both "
             f"multiples of {16 // x.element_size()}, so that rows are 16-byte aligned"
         )
-    _check_tensor("position", position, x, torch.int64, 3)
+    _check_tensor("position", position, x, torch.int64, 4)
+    for name, runs, count in (("row_runs", row_runs, rows), ("col_runs", col_runs, cols)):
+        if runs is not None:
+            _check_tensor(name, runs, x, torch.int32, _GRANULES * -(-count // TILE))
     if e4m3_scale is not None:
         _check_tensor("col_from_e4m3", e4m3_scale, x, torch.float32, 1)
     if sums is not None:
@@ -252,10 +261,9 @@ def _check_tensor(name: str, t: Tensor, x: Tensor, dtype: torch.dtype, length: i
 def _check_side(name: str, side: _Side, x: Tensor, length: int) -> None:
     """Raise ValueError, in one sentence, for a plan that the kernel cannot serve."""
     for field, value, allowed in (
-        ("output", side.output, _OUTPUTS),
+        ("output", side.output, OUTPUTS),
         ("hadamard", side.hadamard, _HADAMARD),
-        ("rounding", side.rounding, _ROUNDINGS),
-        ("offset", side.offset, _OFFSETS),
+        ("rounding", side.rounding, ROUNDINGS),
     ):
         if value not in allowed:
             choices = ", ".join(str(choice) for choice in allowed if choice != "")
@@ -275,37 +283,9 @@ def _check_side(name: str, side: _Side, x: Tensor, length: int) -> None:
         _check_tensor(f"window of the {name} plan", side.window, x, torch.int32, WINDOW)
 
 
-@functools.lru_cache(maxsize=256)
-def _config(
-    fp32: bool, row: _Kind, col: _Kind, from_e4m3: bool, sums: bool, device: int
-) -> tuple[Kernel, int, int]:
-    """The kernel, how many CTAs fill the GPU, and their bytes of shared memory."""
-    defines = kernel_defines(fp32, row, col, from_e4m3, sums)
-    options = dict(defines)
-    shared = options["STAGES"] * _TILE * _TILE * (4 if fp32 else 2) + 1024  # 1024: room to align
-    ctas = sm_count(device) * options["CTAS"]
-    return load("mxfp4.cu", "quantize", defines, device), ctas, shared
-
-
-def kernel_defines(
-    fp32: bool, row: _Kind, col: _Kind, from_e4m3: bool, sums: bool
-) -> tuple[tuple[str, int], ...]:
-    """Macros of ``cuda/mxfp4.cu``; a side is (output, hadamard, rounding, can exceed 6)."""
-    # What keeps the most warps busy without spilling registers. Of FP32 input one tile is all that
-    # fits; the other CTAs work while one waits for its next.
-    long = 128 in (row[1], col[1])
-    few = long or not (fp32 or _FOUR_BITS.issuperset((row[0], col[0])))
-    flags = {"FP32_INPUT": fp32, "COL_FROM_E4M3": from_e4m3, "COL_SUMS": sums}
-    defines = {"STAGES": 1 if fp32 else 3 if long else 2, "CTAS": 2 if few else 3, **flags}
-    for name, (output, g, rounding, clips) in (("ROW", row), ("COL", col)):
-        defines |= {name: _OUTPUTS[output], f"{name}_G": g, f"{name}_CLIP": clips}
-        defines[f"{name}_ROUNDING"] = _ROUNDINGS[rounding]
-    return tuple((name, int(value)) for name, value in defines.items())
-
-
 def _quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     outputs = _fake_quantize(x, position, *arguments)
-    row, col, e4m3_scale, sums = _split(arguments)
+    row, col, (row_runs, col_runs, e4m3_scale, sums) = _split(arguments)
     rows, cols = x.shape
     if not (row.output or col.output):
         return outputs
@@ -318,21 +298,23 @@ def _quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor, ...
         return outputs
     kinds = [(s.output, s.hadamard, s.rounding, s.prescale > 0.75) for s in (row, col)]
     fp32, from_e4m3 = x.dtype == torch.float32, e4m3_scale is not None
-    kernel, ctas, shared = _config(fp32, *kinds, from_e4m3, sums is not None, x.device.index)
-    source = tensor_map(x, (_TILE, 128 // x.element_size()), 128)
-    tiles_y = -(-rows // _TILE)
+    with_runs = row_runs is not None, col_runs is not None
+    flags = from_e4m3, sums is not None, with_runs
+    kernel, ctas, shared = config(fp32, *kinds, *flags, x.device.index)
+    source = tensor_map(x, (TILE, 128 // x.element_size()), 128)
+    tiles_y = -(-rows // TILE)
     partial = None if sums is None else x.new_empty((tiles_y, cols), dtype=torch.float32)
     arguments = (
-        *(source, rows, cols, position, e4m3_scale),
+        *(source, rows, cols, position, row_runs, col_runs, e4m3_scale),
         *_side_arguments(row, outputs[0], outputs[1]),
         *_side_arguments(col, outputs[2], outputs[3]),
         *(partial, sums),
     )
-    grid = (min(tiles_y * -(-cols // _TILE), ctas), 1, 1)
-    kernel.launch(grid, _THREADS, shared, *arguments, 0)
+    grid = (min(tiles_y * -(-cols // TILE), ctas), 1, 1)
+    kernel.launch(grid, THREADS, shared, *arguments, 0)
     if "folded" in (row.output, col.output) or sums is not None:
         # Adds up col_sums, and returns at once unless a window's base has moved.
-        kernel.launch(grid, _THREADS, shared, *arguments, 1)
+        kernel.launch(grid, THREADS, shared, *arguments, 1)
     for changed in (row.window, col.window, sums):
         if changed is not None:
             torch.autograd.graph.increment_version(changed)
@@ -341,7 +323,7 @@ def _quantize(x: Tensor, position: Tensor, *arguments: Any) -> tuple[Tensor, ...
 
 def _side_arguments(side: _Side, data: Tensor, scale: Tensor) -> tuple[Any, ...]:
     if not side.output:
-        return (None, None, None, None, 1.0, 0, 0, -1, 0)
+        return (None, None, None, None, 1.0, 0, 0, -1)
     return (
         data,
         scale if side.output == "packed" else None,
@@ -349,7 +331,6 @@ def _side_arguments(side: _Side, data: Tensor, scale: Tensor) -> tuple[Any, ...]
         side.window,
         side.prescale,
         *((word + 2**31) % 2**32 - 2**31 for word in side.streams),  # as int32
-        _OFFSETS[side.offset],
     )
 
 
@@ -375,10 +356,10 @@ def _unpack(codes: Tensor, scales: Tensor, window: Tensor | None) -> tuple[Tenso
         return data, scale.fill_(1.0)
     device = codes.device.index
     state = torch.zeros(1, dtype=torch.int32, device=codes.device)
-    most = min(ctas := -(-blocks // _THREADS), 8 * sm_count(device))
+    most = min(ctas := -(-blocks // THREADS), 8 * sm_count(device))
     find, fold = (load("mxfp4_unpack.cu", name, (), device) for name in ("largest", "unpack"))
-    find.launch((most, 1, 1), _THREADS, 0, scales, blocks, state)
-    fold.launch((ctas, 1, 1), _THREADS, 0, codes, scales, blocks, state, data, scale, window)
+    find.launch((most, 1, 1), THREADS, 0, scales, blocks, state)
+    fold.launch((ctas, 1, 1), THREADS, 0, codes, scales, blocks, state, data, scale, window)
     if window is not None:
         torch.autograd.graph.increment_version(window)
     return data, scale

@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megafp4_kernels.amax import check_device, check_matrix, magnitude_bits, reduce_tensor
+from megafp4_kernels.amax import check_device, check_matrix, reduce_tensor
 from megafp4_kernels.casts import check_rounding
 from megafp4_kernels.encode import encode_e2m1, encode_minifloat, store_codes
+from megafp4_kernels.nvfp4_amax import BLOCK, TILE, block_magnitudes, check_lines, common, load_tile
 from megafp4_kernels.operators import define
-from megafp4_kernels.philox import dither, sign_words
+from megafp4_kernels.philox import dither
 
-BLOCK = 16
-_TILE = (32, 128)  # lines and elements of a line
 # The block scale's least value, 2^-9, times this is normal: see megafp4.numerics.quantize.
 _MIN_TENSOR_SCALE = 2.0**-117
 
@@ -42,90 +41,6 @@ class NVFP4(NamedTuple):
     scales: Tensor
     tensor_scale: Tensor
     values: Tensor | None
-
-
-@triton.jit
-def _butterfly(x, H: tl.constexpr, LINES: tl.constexpr, K: tl.constexpr):
-    """Sums and differences of the pairs at distance H along K."""
-    pairs = tl.reshape(x, (LINES * (K // (2 * H)), 2, H))
-    low, high = tl.split(tl.trans(pairs, (0, 2, 1)))
-    joined = tl.trans(tl.join(low + high, low - high), (0, 2, 1))
-    return tl.reshape(joined, (LINES, K))
-
-
-@triton.jit
-def _load(
-    x,
-    position,
-    sign_stream,
-    sign_step,
-    first_line,
-    first_k,
-    lines,
-    length,
-    AXIS: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    LINES: tl.constexpr,
-    K: tl.constexpr,
-):
-    """Load a tile of the operand, transposed and transformed as asked: FP32 [LINES, K]."""
-    line = (first_line + tl.arange(0, LINES)).to(tl.int64)
-    k = (first_k + tl.arange(0, K)).to(tl.int64)
-    if AXIS == 1:
-        mask = (line < lines)[:, None] & (k < length)[None, :]
-        tile = tl.load(x + line[:, None] * length + k[None, :], mask=mask, other=0.0)
-    else:
-        mask = (k < length)[:, None] & (line < lines)[None, :]
-        tile = tl.trans(tl.load(x + k[:, None] * lines + line[None, :], mask=mask, other=0.0))
-    value = tile.to(tl.float32)
-    if HADAMARD:
-        word, _, _, _ = sign_words(position, sign_stream, sign_step)
-        index = (tl.arange(0, K) % 16).to(tl.uint32)
-        sign = ((word >> index) & 1).to(tl.int32) << 31
-        signed = value.to(tl.int32, bitcast=True) ^ sign[None, :]
-        value = signed.to(tl.float32, bitcast=True)
-        for i in tl.static_range(4):
-            value = _butterfly(value, 1 << i, LINES, K)
-    return value
-
-
-@triton.jit(do_not_specialize=["sign_stream", "sign_step"])
-def _block_amax_kernel(
-    x,
-    position,
-    out,
-    lines,
-    length,
-    sign_stream,
-    sign_step,
-    AXIS: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    LINES: tl.constexpr,
-    K: tl.constexpr,
-):
-    """Largest magnitude of every block of HEIGHT lines x 16 elements."""
-    tiles = tl.cdiv(length, K)
-    first_line = (tl.program_id(0) // tiles) * LINES
-    first_k = (tl.program_id(0) % tiles) * K
-    value = _load(
-        x, position, sign_stream, sign_step, first_line, first_k, lines, length,
-        AXIS, HADAMARD, LINES, K,
-    )  # fmt: skip
-    bits = tl.max(tl.reshape(magnitude_bits(value), (LINES, K // 16, 16)), axis=2)
-    if HEIGHT > 1:
-        bits = tl.max(tl.reshape(bits, (LINES // HEIGHT, HEIGHT, K // 16)), axis=1)
-    store_codes(
-        bits.to(tl.float32, bitcast=True),
-        out,
-        first_line // HEIGHT,
-        first_k // 16,
-        lines // HEIGHT,
-        length // 16,
-        False,
-        LINES // HEIGHT,
-        K // 16,
-    )
 
 
 @triton.jit
@@ -158,6 +73,8 @@ def _encode_kernel(
     position,
     block_amax,
     tensor_scale,
+    row_runs,
+    col_runs,
     codes_out,
     scales_out,
     values_out,
@@ -171,7 +88,6 @@ def _encode_kernel(
     HADAMARD: tl.constexpr,
     HEIGHT: tl.constexpr,
     ROUNDING: tl.constexpr,
-    OFFSET: tl.constexpr,
     PRESCALE: tl.constexpr,
     CODES: tl.constexpr,
     VALUES: tl.constexpr,
@@ -183,7 +99,7 @@ def _encode_kernel(
     tiles = tl.cdiv(length, K)
     first_line = (tl.program_id(0) // tiles) * LINES
     first_k = (tl.program_id(0) % tiles) * K
-    value = _load(
+    value = load_tile(
         x, position, sign_stream, sign_step, first_line, first_k, lines, length,
         AXIS, HADAMARD, LINES, K,
     )  # fmt: skip
@@ -209,7 +125,7 @@ def _encode_kernel(
     value = tl.where(value == value, value, 0.0)
     noise = value
     if ROUNDING == "stochastic":
-        noise = dither(position, stream, first_line, first_k, LINES, K, OFFSET)
+        noise = dither(position, row_runs, col_runs, stream, first_line, first_k, LINES, K, AXIS)
     codes = encode_e2m1(value, noise, ROUNDING)
     if CODES:
         store_codes(
@@ -230,11 +146,14 @@ def quantize_nvfp4(
     rounding: str = "nearest-even",
     prescale: float = 1.0,
     position: Tensor | None = None,
+    row_runs: Tensor | None = None,
+    col_runs: Tensor | None = None,
     stream: int = 0,
-    offset: str = "none",
     hadamard: int = 0,
     sign_stream: int = 0,
     sign_step: int = -1,
+    block_amax: Tensor | None = None,
+    largest: Tensor | None = None,
     codes: bool = True,
     values: bool = True,
 ) -> NVFP4:
@@ -246,15 +165,19 @@ def quantize_nvfp4(
         tile: Share a scale in 16 x 16 tiles instead of blocks of 16 along K.
         rounding: ``nearest-even``, ``nearest-away``, ``nearest-up`` or ``stochastic``.
         prescale: FP32 factor applied after the scale.
-        position: int64 [3] (seed as signed 64 bits, step, first token); for stochastic rounding
-            and the Hadamard transform.
+        position: int64 [4] (seed as signed 64 bits, step, first row, first column), of which the
+            one that is contracted is a multiple of 16; for stochastic rounding and the Hadamard
+            transform.
+        row_runs: Where the rows lie in the whole, see :mod:`megafp4_kernels.philox`.
+        col_runs: Where the columns lie.
         stream: Word 3 of the Philox counter: layer * 256 + GEMM * 16 + operand.
-        offset: Coordinate that the first token is added to: ``line``, ``k`` (then it must be a
-            multiple of 16) or ``none``.
         hadamard: 16 for the random Hadamard transform of every 16 elements along K, unnormalised
             (the GEMM's alpha carries 1/16); 0 for none.
         sign_stream: Word 3 of the counter of the transform's signs.
         sign_step: Step of the signs; -1 takes that of ``position``.
+        block_amax: What :func:`block_magnitudes` gave for these arguments; None finds it.
+        largest: FP32 [n], n > 0: magnitudes the largest of which the tensor scale is taken from,
+            for a slice of a larger matrix; None takes it from ``block_amax``.
         codes: Whether to return packed codes.
         values: Whether to return BF16 values.
 
@@ -267,8 +190,8 @@ def quantize_nvfp4(
             multiple of 16.
     """
     packed, scales, tensor_scale, decoded = torch.ops.megafp4.quantize_nvfp4(
-        x, axis, tile, rounding, float(prescale), position, stream, offset, hadamard, sign_stream,
-        sign_step, codes, values,
+        x, axis, tile, rounding, float(prescale), position, row_runs, col_runs, stream, hadamard,
+        sign_stream, sign_step, block_amax, largest, codes, values,
     )  # fmt: skip
     return NVFP4(packed if codes else None, scales, tensor_scale, decoded if values else None)
 
@@ -280,18 +203,21 @@ def _quantize(
     rounding: str,
     prescale: float,
     position: Tensor | None,
+    row_runs: Tensor | None,
+    col_runs: Tensor | None,
     stream: int,
-    offset: str,
     hadamard: int,
     sign_stream: int,
     sign_step: int,
+    block_amax: Tensor | None,
+    largest: Tensor | None,
     codes: bool,
     values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return codes, scales, tensor scale and values; what is not wanted is empty."""
     outputs = _fake_quantize(
-        x, axis, tile, rounding, prescale, position, stream, offset, hadamard, sign_stream,
-        sign_step, codes, values,
+        x, axis, tile, rounding, prescale, position, row_runs, col_runs, stream, hadamard,
+        sign_stream, sign_step, block_amax, largest, codes, values,
     )  # fmt: skip
     check_device(x)
     packed, scales, tensor_scale, decoded = outputs
@@ -299,26 +225,25 @@ def _quantize(
     if x.numel() == 0:
         tensor_scale.fill_(_MIN_TENSOR_SCALE)
         return outputs
-    block_amax = torch.empty(scales.shape, dtype=torch.float32, device=x.device)
-    common = {
-        "AXIS": axis,
-        "HADAMARD": hadamard != 0,
-        "HEIGHT": BLOCK if tile else 1,
-        "LINES": _TILE[0],
-        "K": _TILE[1],
-        "num_warps": 4,
-    }
-    grid = (triton.cdiv(lines, _TILE[0]) * triton.cdiv(length, _TILE[1]),)
-    _block_amax_kernel[grid](
-        x, position, block_amax, lines, length, sign_stream, sign_step, **common
-    )
+    if block_amax is None:
+        block_amax = block_magnitudes(
+            x,
+            axis,
+            tile=tile,
+            position=position,
+            hadamard=hadamard,
+            sign_stream=sign_stream,
+            sign_step=sign_step,
+        )
+    least = {"min_scale": _MIN_TENSOR_SCALE, "SCALE": True}
     reduce_tensor(
-        block_amax, tensor_scale, max_value=448.0 * 6.0, min_scale=_MIN_TENSOR_SCALE, SCALE=True
+        block_amax if largest is None else largest, tensor_scale, max_value=448.0 * 6.0, **least
     )
+    grid = (triton.cdiv(lines, TILE[0]) * triton.cdiv(length, TILE[1]),)
     _encode_kernel[grid](
-        x, position, block_amax, tensor_scale, packed, scales, decoded, lines, length, prescale,
-        stream, sign_stream, sign_step, ROUNDING=rounding, OFFSET=offset, PRESCALE=prescale != 1.0,
-        CODES=codes, VALUES=values, **common,
+        x, position, block_amax, tensor_scale, row_runs, col_runs, packed, scales, decoded, lines,
+        length, prescale, stream, sign_stream, sign_step, ROUNDING=rounding,
+        PRESCALE=prescale != 1.0, CODES=codes, VALUES=values, **common(axis, tile, hadamard),
     )  # fmt: skip
     return outputs
 
@@ -330,32 +255,31 @@ def _fake_quantize(
     rounding: str,
     prescale: float,
     position: Tensor | None,
+    row_runs: Tensor | None,
+    col_runs: Tensor | None,
     stream: int,
-    offset: str,
     hadamard: int,
     sign_stream: int,
     sign_step: int,
+    block_amax: Tensor | None,
+    largest: Tensor | None,
     codes: bool,
     values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_matrix(x)
-    check_rounding(x, rounding, position, offset)
-    if axis not in (0, 1):
-        raise ValueError(f"axis is {axis}: choose 0 or 1")
-    lines, length = x.shape if axis == 1 else (x.shape[1], x.shape[0])
-    if length % BLOCK or (tile and lines % BLOCK):
-        raise ValueError(
-            f"the operand has {lines} lines of {length} elements: pad it so that K, and for tiles "
-            f"the number of lines too, is a multiple of {BLOCK}"
-        )
-    if hadamard not in (0, BLOCK):
-        raise ValueError(f"hadamard is {hadamard}: NVFP4 has {BLOCK}, or 0 for none")
-    if hadamard and position is None:
-        raise ValueError("the Hadamard transform draws signs: give position, int64 [3]")
+    check_rounding(x, rounding, position, row_runs, col_runs)
+    lines, length = check_lines(x, axis, tile, hadamard, position)
     height = BLOCK if tile else 1
+    shape = (lines // height, length // BLOCK)
+    if block_amax is not None and (block_amax.dtype != torch.float32 or block_amax.shape != shape):
+        raise ValueError(
+            f"block_amax is {block_amax.dtype} {list(block_amax.shape)}: give float32 {list(shape)}"
+        )
+    if largest is not None and (largest.dtype != torch.float32 or largest.ndim != 1):
+        raise ValueError(f"largest is {largest.dtype} {list(largest.shape)}: give float32 [n]")
     return (
         x.new_empty((lines, length // 2) if codes else (0,), dtype=torch.uint8),
-        x.new_empty(lines // height, length // BLOCK, dtype=torch.uint8),
+        x.new_empty(shape, dtype=torch.uint8),
         x.new_empty(1, dtype=torch.float32),
         x.new_empty((lines, length) if values else (0,), dtype=torch.bfloat16),
     )
@@ -363,8 +287,9 @@ def _fake_quantize(
 
 define(
     "quantize_nvfp4",
-    "(Tensor x, int axis, bool tile, str rounding, float prescale, Tensor? position, int stream, "
-    "str offset, int hadamard, int sign_stream, int sign_step, bool codes, bool values) "
+    "(Tensor x, int axis, bool tile, str rounding, float prescale, Tensor? position, "
+    "Tensor? row_runs, Tensor? col_runs, int stream, int hadamard, int sign_stream, "
+    "int sign_step, Tensor? block_amax, Tensor? largest, bool codes, bool values) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _quantize,
     _fake_quantize,

@@ -4,8 +4,11 @@ Philox4x32-10 [Salmon et al., SC'11]. Key: the two words of the seed. Counter: (
 stream), where stream = layer * 256 + GEMM * 16 + operand. One call dithers 16 consecutive elements
 of a line, lowest byte of word 0 first; byte i is the dither (i + 1/2) / 256.
 
-``position`` is an int64 tensor [3] in device memory: seed (as signed 64 bits), optimizer step and
-first token. Being read there, it can change under a CUDA graph without anything waiting for it.
+``position`` is an int64 tensor [4] in device memory: seed (as signed 64 bits), optimizer step,
+first row, first column. Being read there, it can change under a CUDA graph without anything waiting
+for it. Rows and columns are those of the whole matrix, of which a slice may be worked on. If the
+slice is not contiguous there, its *runs* say where its rows (columns) lie: int32 [8 ceil(n / 128)],
+of every 16 of them the index of the first, divided by 16; the first row (column) is added to it.
 """
 
 from __future__ import annotations
@@ -58,39 +61,64 @@ def _draw(position, step, stream, line, group):
 
 
 @triton.jit
+def _global_lines(first, runs, origin, LINES: tl.constexpr):
+    """Where lines from ``first`` on lie in the whole: uint32 [LINES]."""
+    line = tl.arange(0, LINES)
+    if runs is None:
+        return ((first + origin) + line).to(tl.uint32)
+    else:
+        line = first + line
+        return (tl.load(runs + line // 16) * 16 + line % 16 + origin).to(tl.uint32)
+
+
+@triton.jit
+def _global_groups(first, runs, origin, GROUPS: tl.constexpr):
+    """Where every 16 elements from ``first`` on lie in the whole, in units of 16."""
+    group = tl.arange(0, GROUPS)
+    if runs is None:
+        return ((first + origin) // 16 + group).to(tl.uint32)
+    else:
+        return (tl.load(runs + first // 16 + group) + origin // 16).to(tl.uint32)
+
+
+@triton.jit
 def dither(
     position,
+    row_runs,
+    col_runs,
     stream,
     first_line,
     first_k,
     LINES: tl.constexpr,
     K: tl.constexpr,
-    OFFSET: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """Dithers of a tile of a lines x K operand.
 
     Args:
-        position: int64 [3], see the module. A first token that is added to k must be a multiple
-            of 16.
+        position: int64 [4], see the module. The first row or column that is contracted must be a
+            multiple of 16.
+        row_runs: Runs of the rows, see the module, or None.
+        col_runs: Runs of the columns, or None.
         stream: Integer scalar, word 3 of the counter.
         first_line: First line of the tile.
         first_k: First element of its lines, a multiple of 16.
         LINES: Lines of the tile.
         K: Elements of a line, a multiple of 16.
-        OFFSET: Which coordinate the first token is added to: "line", "k" or "none".
+        AXIS: Contraction axis of the matrix: 1 if lines are rows, 0 if they are columns.
 
     Returns:
         FP32 [LINES, K], each in (0, 1).
     """
-    first_token = tl.load(position + 2)
-    line = first_line + tl.arange(0, LINES)
-    group = first_k // 16 + tl.arange(0, K // 16)
-    if OFFSET == "line":
-        line = line + first_token
-    if OFFSET == "k":
-        group = group + first_token // 16
-    lines = line.to(tl.uint32)[:, None] + tl.zeros((LINES, K // 16), tl.uint32)
-    groups = group.to(tl.uint32)[None, :] + tl.zeros((LINES, K // 16), tl.uint32)
+    row, col = tl.load(position + 2), tl.load(position + 3)
+    if AXIS == 1:
+        line = _global_lines(first_line, row_runs, row, LINES)
+        group = _global_groups(first_k, col_runs, col, K // 16)
+    else:
+        line = _global_lines(first_line, col_runs, col, LINES)
+        group = _global_groups(first_k, row_runs, row, K // 16)
+    lines = line[:, None] + tl.zeros((LINES, K // 16), tl.uint32)
+    groups = group[None, :] + tl.zeros((LINES, K // 16), tl.uint32)
     w0, w1, w2, w3 = _draw(position, tl.load(position + 1), stream, lines, groups)
     # The last index of a join runs fastest: (w0, w1, w2, w3) in memory order.
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (LINES, K // 4, 1))
@@ -104,7 +132,7 @@ def sign_words(position, sign_stream, sign_step):
     """The 128 random signs of a Hadamard transform: bit i % 32 of word i // 32, a set bit is -1.
 
     Args:
-        position: int64 [3], see the module.
+        position: int64 [4], see the module.
         sign_stream: Integer scalar, word 3 of the counter, with the operand id of signs.
         sign_step: Integer scalar; below zero, the step of ``position`` is used.
 

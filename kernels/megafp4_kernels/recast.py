@@ -207,7 +207,8 @@ def recast(
     Args:
         data: float8_e4m3fn [rows, cols], contiguous, without NaN codes.
         scale: FP32 [rows].
-        peak: FP32 [rows], largest magnitude of each row's values; None reads ``data`` for it.
+        peak: FP32 [n], n > 0: largest magnitudes of n parts, such as rows, of the values that share
+            a scale; None reads ``data`` for those of its rows.
         x: BF16 or FP32 [rows, cols]: the activation, if what it has beyond ``limits`` is to be
             added; needs ``peak`` and ``limits`` as :func:`megafp4_kernels.outliers.occ` returns
             them.
@@ -222,9 +223,14 @@ def recast(
         ValueError: Arguments are not as above.
     """
     if peak is None:
-        peak = torch.ops.megafp4.line_peak(data, scale)
+        peak = line_peaks(data, scale)
     outputs = torch.ops.megafp4.recast(data, scale, peak, x, limits, row, col)
     return outputs[0] if row else None, outputs[-2] if col else None, outputs[-1]
+
+
+def line_peaks(data: Tensor, scale: Tensor) -> Tensor:
+    """Largest magnitude of the values of every row: FP32 [rows]; arguments as in :func:`recast`."""
+    return torch.ops.megafp4.line_peak(data, scale)
 
 
 def _peak(data: Tensor, scale: Tensor) -> Tensor:
@@ -323,8 +329,8 @@ def _fake_recast(
                 f"x is {list(x.shape)} and limits {list(limits.shape)}: give {[rows, cols]} and "
                 f"{[2, rows]}"
             )
-    if peak.shape != (rows,) or peak.dtype != torch.float32:
-        raise ValueError(f"peak is {peak.dtype} {list(peak.shape)}: give float32 [{rows}]")
+    if peak.ndim != 1 or peak.dtype != torch.float32 or (data.numel() and not peak.numel()):
+        raise ValueError(f"peak is {peak.dtype} {list(peak.shape)}: give float32 [n], n > 0")
     outputs = [data.new_empty(rows, cols)] if row else []
     outputs += [data.new_empty(cols, rows)] if col else []
     return [*outputs, scale.new_empty(1)]

@@ -131,6 +131,7 @@ class Backend(Protocol):
         bias: torch.Tensor | None = None,
         slope: Slope | None = None,
         accumulate_into: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
         """Multiply two matrices.
 
@@ -143,6 +144,7 @@ class Backend(Protocol):
             bias: [N], added in FP32.
             slope: Multiplies the result.
             accumulate_into: FP32 [M, N] that the result is added to, and which is returned.
+            overwrite: Replace what ``accumulate_into`` holds.
 
         Returns:
             [M, N] of ``out_dtype``.
@@ -329,6 +331,7 @@ def finish(
     bias: torch.Tensor | None,
     slope: Slope | None,
     accumulate_into: torch.Tensor | None,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """Add and multiply what an epilogue would, in FP32, then round once.
 
@@ -338,12 +341,15 @@ def finish(
         bias: [N] or None.
         slope: Or None.
         accumulate_into: FP32 [M, N] or None.
+        overwrite: Replace what it holds.
     """
     if bias is not None:
         out += bias
     if slope is not None:
         out *= _derivative(slope)
-    return out.to(out_dtype) if accumulate_into is None else accumulate_into.add_(out)
+    if accumulate_into is None:
+        return out.to(out_dtype)
+    return accumulate_into.copy_(out) if overwrite else accumulate_into.add_(out)
 
 
 def _derivative(slope: Slope) -> torch.Tensor:

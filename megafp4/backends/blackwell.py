@@ -118,6 +118,7 @@ class BlackwellBackend(Stateless):
         bias: torch.Tensor | None = None,
         slope: Slope | None = None,
         accumulate_into: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
         """Multiply; see :meth:`megafp4.backends.base.Backend.gemm`.
 
@@ -130,6 +131,7 @@ class BlackwellBackend(Stateless):
             bias: [N], added in FP32.
             slope: Multiplies the result.
             accumulate_into: FP32 [M, N] that the product is added to, and which is returned.
+            overwrite: Replace what ``accumulate_into`` holds.
 
         Returns:
             [M, N].
@@ -144,7 +146,7 @@ class BlackwellBackend(Stateless):
                 operand if isinstance(operand, BlockScaled) else pack(operand, axis)
                 for operand, axis in zip((a, b), axes, strict=True)
             )
-            return self._native(left, right, alpha, out_dtype, bias, accumulate_into)
+            return self._native(left, right, alpha, out_dtype, bias, accumulate_into, overwrite)
         if isinstance(a, BlockScaled) or isinstance(b, BlockScaled):
             raise ConfigError(
                 f"a packed operand was paired as {_format(a)} x {_format(b)}: pack both, in one "
@@ -152,7 +154,7 @@ class BlackwellBackend(Stateless):
             )
         self.check(operand_format(a), operand_format(b))
         out = self._bf16.gemm(a, b, axes, alpha)
-        return finish(out, out_dtype, bias, slope, accumulate_into)
+        return finish(out, out_dtype, bias, slope, accumulate_into, overwrite)
 
     def _native(
         self,
@@ -162,10 +164,11 @@ class BlackwellBackend(Stateless):
         out_dtype: torch.dtype,
         bias: torch.Tensor | None,
         accumulate_into: torch.Tensor | None,
+        overwrite: bool,
     ) -> torch.Tensor:
         if a.codes.shape[1] == 0:
             out = torch.zeros(a.lines, b.lines, device=a.codes.device)
-            return finish(out, out_dtype, bias, None, accumulate_into)
+            return finish(out, out_dtype, bias, None, accumulate_into, overwrite)
         plain = bias is None and accumulate_into is None
         wanted = out_dtype if plain else torch.float32
         if a.format == "nvfp4" or self.mxfp4 == "scaled_mm":
@@ -173,7 +176,7 @@ class BlackwellBackend(Stateless):
         else:
             out = _triton(a, b, alpha, wanted)
         out = out[: a.lines, : b.lines]
-        return finish(out, out_dtype, bias, None, accumulate_into)
+        return finish(out, out_dtype, bias, None, accumulate_into, overwrite)
 
 
 def device_capability() -> tuple[int, int] | None:

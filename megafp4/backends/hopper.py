@@ -128,6 +128,7 @@ class HopperBackend:
         bias: torch.Tensor | None = None,
         slope: Slope | None = None,
         accumulate_into: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
         """Multiply; see :meth:`megafp4.backends.base.Backend.gemm`.
 
@@ -135,7 +136,7 @@ class HopperBackend:
         """
         kind = _kind(a) if _kind(a) == _kind(b) else "bf16"
         if kind == "bf16":
-            return _bf16(a, b, axes, alpha, out_dtype, bias, slope, accumulate_into)
+            return _bf16(a, b, axes, alpha, out_dtype, bias, slope, accumulate_into, overwrite)
         left, right = _prepared(a), _prepared(b)
         scales = {"scale_a": left.scale, "scale_b": right.scale, "alpha": alpha}
         if kind == "int8":
@@ -144,7 +145,7 @@ class HopperBackend:
             if slope is None and accumulate_into is None:
                 return gemm_int8(left.data, right.data, **scales, bias=bias, out_dtype=out_dtype)
             out = gemm_int8(left.data, right.data, **scales, out_dtype=torch.float32)
-            return finish(out, out_dtype, bias, slope, accumulate_into)
+            return finish(out, out_dtype, bias, slope, accumulate_into, overwrite)
         from megafp4_kernels.gemm import gemm
 
         return gemm(
@@ -154,7 +155,7 @@ class HopperBackend:
             bias=bias,
             out_dtype=out_dtype,
             out=accumulate_into,
-            accumulate=accumulate_into is not None,
+            accumulate=accumulate_into is not None and not overwrite,
             slope=_fused(slope),
         )
 
@@ -254,6 +255,7 @@ def _bf16(
     bias: torch.Tensor | None,
     slope: Slope | None,
     accumulate_into: torch.Tensor | None,
+    overwrite: bool,
 ) -> torch.Tensor:
     """Multiply in BF16 with FP32 accumulation; scales and alpha on the FP32 result."""
     (left, scale_a), (right, scale_b) = _lines(a, axes[0]), _lines(b, axes[1])
@@ -269,12 +271,14 @@ def _bf16(
             out *= scale_a.reshape(-1, 1)
         if scale_b is not None:
             out *= scale_b.reshape(1, -1)
-    return finish(out, out_dtype, bias, slope, accumulate_into)
+    return finish(out, out_dtype, bias, slope, accumulate_into, overwrite)
 
 
 def _lines(operand: Operand, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """BF16 lines x K, and the FP32 scale of the lines that is left."""
     if isinstance(operand, PackedOperand):
+        if _kind(operand) == "bf16":
+            return decode(operand.unpacked(), operand.axis)
         return _lines(_prepared(operand), axis)
     if isinstance(operand, Prepared):
         return operand.data.to(torch.bfloat16), operand.scale

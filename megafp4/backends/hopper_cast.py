@@ -2,9 +2,11 @@
 
 What is fused: both MXFP4 operands of one matrix; FP8 of a forward pass with the MXFP4 operand that
 its value gives wgrad; both FP8 operands that share a tensor's scale; scaling and casting of rows;
-clamping, scaling and casting to E2M1 with the outliers folded in. Whatever has no kernel is cast by
-the specification, on the GPU and with the same codes, only slower: BitNet's weights, and the values
-behind a BF16 operand.
+clamping, scaling and casting to E2M1 with the outliers folded in. Slices, too: kernels draw by the
+place of a slice in the whole, and what ranks share of a scale is reduced between two kernels.
+Whatever has no kernel is cast by the specification, on the GPU and with the same codes, only
+slower: BitNet's weights, values behind a BF16 operand, and outliers of tokens whose features are
+cut.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ import torch
 from megafp4.backends.base import Operand, PackedOperand, Prepared
 from megafp4.backends.hopper_requests import (
     draws,
+    is_cut_by_tokens,
     is_format,
     is_ladder,
+    is_placed,
     is_plain_fp8,
     is_recast,
     sides,
     streams_of,
     sums_on_the_way,
 )
+from megafp4.backends.hopper_scales import line_scales, rows_at_once, shared_peak, tensor_scale
 from megafp4.backends.hopper_state import Positions, Windows
 from megafp4.errors import UnsupportedError
 from megafp4.numerics import QTensor, get_format
@@ -32,7 +37,6 @@ from megafp4.numerics.formats import E2M1, Integer
 from megafp4.recipes.cast import CastRequest, cast_from
 
 if TYPE_CHECKING:
-    from megafp4_kernels.lines import Lines
     from megafp4_kernels.mxfp4 import Folded, Packed, Plan
 
 _MXFP4_ROUNDINGS = ("stochastic", "nearest-even", "nearest-away")
@@ -51,9 +55,6 @@ class Caster:
         for request in wanted:
             if request.sums is not None and not sums_on_the_way(x, request):
                 torch.sum(x, 0, dtype=torch.float32, out=request.sums)
-        if any(request.part is not None for request in wanted):
-            # No kernel knows yet where a slice lies, nor reduces what its scale is taken from.
-            return [self._specified(x, request) for request in wanted]
         if len(wanted) == 2 and (pair := self._pair(x, *wanted)) is not None:
             return list(pair)
         return [self._one(x, request) for request in wanted]
@@ -63,6 +64,8 @@ class Caster:
     ) -> tuple[Operand, Operand] | None:
         """Both operands in one pass, or None where no kernel makes these two together."""
         if (first.axis, second.axis) != (1, 0):
+            return None
+        if not (is_placed(first) and is_placed(second)):
             return None
         direct = first.through is None and second.through is None
         if direct and is_format(first, "mxfp4") and is_format(second, "mxfp4"):
@@ -81,7 +84,7 @@ class Caster:
 
     def _one(self, x: torch.Tensor, request: CastRequest) -> Operand:
         spec, through = request.operand, request.through
-        if not spec.quantized:
+        if not spec.quantized or not is_placed(request):
             return self._specified(x, request)
         if through is not None:
             return self._through(x, request, through)
@@ -100,7 +103,7 @@ class Caster:
         """An operand that starts from the value of another."""
         from_e4m3 = is_format(through, "fp8-e4m3") and is_plain_fp8(through)
         if from_e4m3 and is_format(request, "mxfp4") and request.axis == 0:
-            of = _tensor_scale(x, through)
+            of = tensor_scale(x, through)
             _, col = self._mxfp4(x, None, request, of)
             return _operand(col, request)
         if is_recast(request):
@@ -118,20 +121,23 @@ class Caster:
 
         any_of = row or col
         assert any_of is not None
-        at = self.positions.of(any_of, x.device)
+        at = self.positions.of(any_of, x.device)._asdict()
         plans = [None if one is None else self._plan(one, x.device) for one in (row, col)]
+        row_plan, col_plan = plans
         sums = None if col is None else _sums_of(x, col)
-        return quantize(x, at, *plans, col_from_e4m3=from_e4m3, col_sums=sums)
+        return quantize(x, row=row_plan, col=col_plan, **at, col_from_e4m3=from_e4m3, col_sums=sums)
 
     def _e4m3_and_mxfp4(
         self, x: torch.Tensor, first: CastRequest, second: CastRequest
     ) -> tuple[Operand, Operand]:
         from megafp4_kernels.mxfp4 import E4M3Plan, quantize
 
-        of = _tensor_scale(x, first)
-        at, plan = self.positions.of(second, x.device), self._plan(second, x.device)
+        of = tensor_scale(x, first)
+        at, plan = self.positions.of(second, x.device)._asdict(), self._plan(second, x.device)
         through, sums = None if second.through is None else of, _sums_of(x, second)
-        row, col = quantize(x, at, E4M3Plan(of), plan, col_from_e4m3=through, col_sums=sums)
+        row, col = quantize(
+            x, row=E4M3Plan(of), col=plan, **at, col_from_e4m3=through, col_sums=sums
+        )
         return _operand(row, first), _operand(col, second)
 
     def _fp8_both(
@@ -140,7 +146,7 @@ class Caster:
         from megafp4_kernels.casts import cast
 
         fmt = first.operand.format
-        of = _tensor_scale(x, first)
+        of = tensor_scale(x, first)
         row, col = cast(x, fmt, of, row=True, col=True)
         assert row is not None
         assert col is not None
@@ -148,16 +154,15 @@ class Caster:
 
     def _lines(self, x: torch.Tensor, request: CastRequest) -> Operand:
         """A format with FP32 scales, of the tensor or of its lines."""
-        from megafp4_kernels.amax import scale
         from megafp4_kernels.casts import DTYPES, cast
 
         spec, axis = request.operand, request.axis
         if spec.format not in DTYPES or spec.dither_bits != 8:
             return self._specified(x, request)
-        if (made := _rows_at_once(x, request)) is not None:
+        if (made := rows_at_once(x, request)) is not None:
             return Prepared(made.data, made.scale, spec.format)
         shared = spec.shared_scale == "tensor"
-        of = _tensor_scale(x, request) if shared else scale(x, spec.format, axis)
+        of = tensor_scale(x, request) if shared else line_scales(x, request)
         row, col = cast(
             x,
             spec.format,
@@ -166,9 +171,8 @@ class Caster:
             col=axis == 0,
             rounding=spec.rounding,
             prescale=spec.prescale,
-            position=self.positions.of(request, x.device),
+            **self.positions.of(request, x.device)._asdict(),
             stream=request.key.stream,
-            offset="line" if axis == 1 else "k",
             scale_axis=None if shared else 1 - axis,
         )
         data = row if axis == 1 else col
@@ -183,6 +187,8 @@ class Caster:
 
         clamp = request.operand.clamp
         if clamp is None or clamp.residual == "folded" or not is_ladder(request):
+            return None
+        if is_cut_by_tokens(request):  # cast() is what gives operands that are to be gathered
             return None
         if x.shape[1] % 2 or x.shape[1] > MAX_FEATURES:
             return None
@@ -205,15 +211,17 @@ class Caster:
 
         clamp = first.operand.clamp
         if clamp is None:
-            made = _rows_at_once(x, first, peak=True)
-            if made is None:
-                return None
-            used, peak = Prepared(made.data, made.scale, first.operand.format), made.peak
+            made = rows_at_once(x, first, peak=True)
+            rows = made or self._lines(x, first)
+            assert not isinstance(rows, torch.Tensor | QTensor | PackedOperand)
+            used = Prepared(rows.data, rows.scale, first.operand.format)
+            peak = None if made is None else made.peak
         elif first.operand.folds_outliers:
             found = occ(x, clamp.alpha, mode=clamp.mode, residual="folded")
             used, peak = Prepared(found.data, found.scale, "fp8-e4m3"), found.peak
         else:
             return None
+        peak = shared_peak(used, peak, first.part)
         _, col, of = recast(used.data, used.scale, peak=peak, col=True)
         assert col is not None
         return used, Prepared(col, of, second.operand.format)
@@ -225,10 +233,10 @@ class Caster:
         clamp = through.operand.clamp
         row = request.axis == 1
         if clamp is None:
-            made = _rows_at_once(x, through, peak=True)
+            made = rows_at_once(x, through, peak=True)
             used = made or self._lines(x, through)
             assert not isinstance(used, torch.Tensor | QTensor | PackedOperand)
-            peak = None if made is None else made.peak
+            peak = shared_peak(used, None if made is None else made.peak, through.part)
             by_row, by_col, of = recast(used.data, used.scale, peak=peak, row=row, col=not row)
         else:
             found = occ(x, clamp.alpha, mode=clamp.mode, residual=clamp.residual)
@@ -236,7 +244,7 @@ class Caster:
             by_row, by_col, of = recast(
                 found.data,
                 found.scale,
-                peak=found.peak,
+                peak=shared_peak(found, found.peak, through.part),
                 x=x if exact else None,
                 limits=found.limits if exact else None,
                 row=row,
@@ -247,26 +255,43 @@ class Caster:
         return Prepared(data, of, request.operand.format)
 
     def _nvfp4(self, x: torch.Tensor, request: CastRequest) -> Operand:
+        from megafp4_kernels.amax import amax
         from megafp4_kernels.nvfp4 import quantize_nvfp4
+        from megafp4_kernels.nvfp4_amax import block_magnitudes
 
         spec = request.operand
         streams = streams_of(request)
         if spec.dither_bits != 8 or (request.gemm.hadamard or 16) != 16:
             return self._specified(x, request)
+        at = self.positions.of(request, x.device)
+        rotation = {
+            "tile": spec.shared_scale == "tile",
+            "hadamard": request.gemm.hadamard or 0,
+            "sign_stream": streams[1],
+            "sign_step": streams[2],
+        }
+        blocks = largest = None
+        if request.part is not None and x.numel():
+            blocks = block_magnitudes(x, request.axis, position=at.position, **rotation)
+            largest = request.part.largest(amax(blocks, None))
+        gathered = is_cut_by_tokens(request)
         made = quantize_nvfp4(
             x,
             request.axis,
-            tile=spec.shared_scale == "tile",
             rounding=spec.rounding,
             prescale=spec.prescale,
-            position=self.positions.of(request, x.device),
+            **at._asdict(),
             stream=streams[0],
-            offset="line" if request.axis == 1 else "k",
-            hadamard=request.gemm.hadamard or 0,
-            sign_stream=streams[1],
-            sign_step=streams[2],
-            codes=False,
+            **rotation,
+            block_amax=blocks,
+            largest=largest,
+            codes=gathered,
+            values=not gathered,
         )
+        if gathered:
+            assert made.codes is not None
+            fmt = get_format("nvfp4")
+            return PackedOperand(made.codes, made.scales, made.tensor_scale, fmt, 1, "block")
         assert made.values is not None
         return Prepared(made.values, made.tensor_scale, "nvfp4")
 
@@ -301,14 +326,15 @@ class Caster:
                 f"not {spec.rounding!r} with {spec.dither_bits}: change the recipe or the backend"
             )
         streams = streams_of(request)
-        window = None if request.packed else self.windows.of(streams[0], device)
+        # Folded, a slice has a window of its own and could not be joined with the others.
+        packed = request.packed or is_cut_by_tokens(request)
+        window = None if packed else self.windows.of(streams[0], device)
         return Plan(
             request.gemm.hadamard or 0,
             spec.rounding,
             spec.prescale,
             *streams,
-            "line" if request.axis == 1 else "k",
-            "packed" if request.packed else "folded",
+            "packed" if packed else "folded",
             window,
         )
 
@@ -319,25 +345,6 @@ _FLOAT8 = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
 def _sums_of(x: torch.Tensor, request: CastRequest) -> torch.Tensor | None:
     """Sums that the MXFP4 quantizer is to fill while it makes an operand along the columns."""
     return request.sums if sums_on_the_way(x, request) else None
-
-
-def _tensor_scale(x: torch.Tensor, request: CastRequest) -> torch.Tensor:
-    """FP32 [1]: scale of all of a matrix, from its largest magnitude if that is known."""
-    from megafp4_kernels.amax import scale, scale_of
-
-    fmt = request.operand.format
-    return scale(x, fmt, None) if request.amax is None else scale_of(request.amax, fmt)
-
-
-def _rows_at_once(x: torch.Tensor, request: CastRequest, peak: bool = False) -> Lines | None:
-    """Scale and cast the rows in one pass, or None where they share a scale, draw or are long."""
-    from megafp4_kernels.lines import MAX_COLS, cast_lines
-
-    spec = request.operand
-    alone = request.axis == 1 and spec.shared_scale == "vector"
-    if not alone or spec.rounding == "stochastic" or x.shape[1] > MAX_COLS:
-        return None
-    return cast_lines(x, spec.format, rounding=spec.rounding, prescale=spec.prescale, peak=peak)
 
 
 def _operand(made: Folded | Packed | None, request: CastRequest) -> Operand:

@@ -18,6 +18,38 @@ def draws(request: CastRequest) -> bool:
     return spec.quantized and (spec.rounding == "stochastic" or rotated)
 
 
+def is_drawn_by_place(request: CastRequest) -> bool:
+    """Whether its random bits depend on where in the whole matrix an element lies."""
+    return request.operand.quantized and request.operand.rounding == "stochastic"
+
+
+def is_placed(request: CastRequest) -> bool:
+    """Whether kernels can draw where it lies: runs, and a slice's first k, in multiples of 16."""
+    if request.part is None or not is_drawn_by_place(request):
+        return True
+    line, k = request.origin
+    runs = [run for runs in (line, k) if not isinstance(runs, int) for run in runs]
+    firsts = [k] if isinstance(k, int) else []
+    return all(number % 16 == 0 for number in (*firsts, *(n for run in runs for n in run)))
+
+
+def is_weight(request: CastRequest) -> bool:
+    """Whether the matrix is the weight, not the activation or its gradient."""
+    return request.side == "b" and request.key.gemm != "wgrad"
+
+
+def is_cut_by_tokens(request: CastRequest) -> bool:
+    """Whether it is made of some of the tokens, so that its codes will be gathered."""
+    return request.part is not None and request.part.dim == 0 and not is_weight(request)
+
+
+def shares_scale(request: CastRequest) -> bool:
+    """Whether other ranks hold elements that have a scale with this slice's in common."""
+    part, shared = request.part, request.operand.shared_scale
+    along = (0, 1) if shared == "tensor" else (request.axis,)
+    return part is not None and bool(part.peers_along(along))
+
+
 def is_format(request: CastRequest, fmt: str) -> bool:
     """Whether it is of a format."""
     return request.operand.format == fmt
@@ -39,14 +71,18 @@ def is_plain_fp8(request: CastRequest) -> bool:
 def sums_on_the_way(x: torch.Tensor, request: CastRequest) -> bool:
     """Whether the MXFP4 quantizer adds up the rows that it transforms."""
     rotated = is_format(request, "mxfp4") and request.gemm.hadamard is not None
-    rotated = rotated and request.part is None
-    return rotated and request.axis == 0 and request.through is None and x.dtype == torch.bfloat16
+    direct = request.axis == 0 and request.through is None and is_placed(request)
+    return rotated and direct and x.dtype == torch.bfloat16
 
 
 def is_ladder(request: CastRequest) -> bool:
-    """Whether it is E2M1 with one scale a row, ties up, as the kernel that clamps rounds it."""
+    """Whether it is E2M1 with one scale a row, ties up, as the kernel that clamps rounds it.
+
+    The kernel must see whole rows.
+    """
     up = request.operand.rounding == "nearest-up"
-    return up and request.part is None and is_rows_of_e2m1(request)
+    whole = request.part is None or not request.part.peers_along((1,))
+    return up and whole and is_rows_of_e2m1(request)
 
 
 def is_rows_of_e2m1(request: CastRequest) -> bool:

@@ -2,16 +2,20 @@
 
 A *window* holds the base exponent that an MXFP4 operand is folded with, see
 :mod:`megafp4_kernels.mxfp4`. Values depend on it for raised blocks alone, so a resumed run is exact
-only if it goes on with the windows that were saved. A *position* is what random bits are keyed by.
+only if it goes on with the windows that were saved. A *position* is what random bits are keyed by,
+and a *place* a position with where the parts of a slice lie that are not contiguous in the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
-from megafp4.errors import CheckpointError
+from megafp4.backends.hopper_requests import is_drawn_by_place, is_weight
+from megafp4.errors import CheckpointError, UnsupportedError
+from megafp4.numerics import Runs
 from megafp4.recipes.cast import CastRequest
 
 # Positions kept on the device: those of the micro-batches whose backward is still to come.
@@ -80,24 +84,36 @@ class Windows:
         return {stream: window for (stream, on), window in self._kept.items() if on == device}
 
 
+class Place(NamedTuple):
+    """Where in the run, and in the whole matrix, what a kernel casts lies."""
+
+    position: torch.Tensor
+    """int64 [4] on the device: seed (as signed 64 bits), step, first row, first column."""
+    row_runs: torch.Tensor | None
+    """int32: of every 16 rows where they lie, see :mod:`megafp4_kernels.philox`; None: on end."""
+    col_runs: torch.Tensor | None
+    """int32: of every 16 columns."""
+
+
 class Positions:
-    """Seed, step and first token, int64 [3] on the device, written there without waiting for it."""
+    """Places of the operands, written on the device without waiting for it."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
+        self._kept: dict[tuple[int, int, int, int, torch.device], torch.Tensor] = {}
         self._pins: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._pinned: set[torch.device] = set()
+        self._runs: dict[tuple[Runs, torch.device], torch.Tensor] = {}
 
     def pin(self, seed: int, step: int, first_token: int, device: torch.device) -> None:
         """Write a position where casts on a device read it from now on."""
         device = _indexed(device)
         if device not in self._pins:  # made once: graphs hold their addresses
-            weights, activations = torch.empty(2, 3, dtype=torch.int64, device=device)
+            weights, activations = torch.empty(2, 4, dtype=torch.int64, device=device)
             self._pins[device] = weights, activations
         self._pinned.add(device)
         of_weights, of_activations = self._pins[device]
-        _write(of_weights, seed, step, 0)
-        _write(of_activations, seed, step, first_token)
+        _write(of_weights, seed, step, 0, 0)
+        _write(of_activations, seed, step, first_token, 0)
 
     def unpin(self) -> None:
         """Let casts on all devices again read the position that they are asked for."""
@@ -107,22 +123,49 @@ class Positions:
         """Whether casts on a device read the position that was pinned."""
         return device in self._pinned
 
-    def of(self, request: CastRequest, device: torch.device) -> torch.Tensor:
-        """Position that an operand's random bits are drawn at."""
+    def of(self, request: CastRequest, device: torch.device) -> Place:
+        """Place that an operand's random bits are drawn at.
+
+        Raises:
+            UnsupportedError: A position is pinned, and the operand is a slice that is rounded by
+                its place in the whole.
+        """
         if device in self._pinned:
-            return self._pins[device][request.side == "a" or request.key.gemm == "wgrad"]
-        line, k = request.origin
-        assert isinstance(line, int), "slices are cast by the specification"
-        assert isinstance(k, int), "slices are cast by the specification"
-        seed, step, first = request.key.seed, request.key.step, max(line, k)
-        name = seed, step, first, device
+            if request.part is not None and is_drawn_by_place(request):
+                raise UnsupportedError(
+                    f"{request.operand} of a slice draws by where it lies in the whole matrix, and "
+                    "a CUDA graph knows only where its micro-batch begins: leave train.cuda_graph "
+                    "off under tensor parallelism"
+                )
+            weights, activations = self._pins[device]
+            return Place(weights if is_weight(request) else activations, None, None)
+        rows, cols = request.origin if request.axis == 1 else request.origin[::-1]
+        first_row, row_runs = self._first_and_runs(rows, device)
+        first_col, col_runs = self._first_and_runs(cols, device)
+        name = request.key.seed, request.key.step, first_row, first_col, device
         if name not in self._kept:
             while len(self._kept) >= _POSITIONS:
                 del self._kept[next(iter(self._kept))]
-            position = torch.empty(3, dtype=torch.int64, device=device)
-            _write(position, seed, step, first)
+            position = torch.empty(4, dtype=torch.int64, device=device)
+            _write(position, *name[:-1])
             self._kept[name] = position
-        return self._kept[name]
+        return Place(self._kept[name], row_runs, col_runs)
+
+    def _first_and_runs(
+        self, origin: int | Runs, device: torch.device
+    ) -> tuple[int, torch.Tensor | None]:
+        """First index of contiguous rows or columns; or 0 and a table of the others."""
+        if isinstance(origin, int):
+            return origin, None
+        if (origin, device) not in self._runs:
+            parts = [
+                torch.arange(first // 16, (first + n) // 16, dtype=torch.int32, device=device)
+                for first, n in origin
+            ]
+            granules = sum(len(part) for part in parts)
+            parts.append(torch.zeros(-granules % 8, dtype=torch.int32, device=device))
+            self._runs[origin, device] = torch.cat(parts)
+        return 0, self._runs[origin, device]
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -130,8 +173,8 @@ def _indexed(device: torch.device) -> torch.device:
     return torch.empty(0, device=device).device
 
 
-def _write(position: torch.Tensor, seed: int, step: int, first_token: int) -> None:
+def _write(position: torch.Tensor, seed: int, step: int, first_row: int, first_col: int) -> None:
     """Fill a position; kernels that fill need no copy from the host, which would wait."""
     signed = seed - (1 << 64) if seed >> 63 & 1 else seed
-    for i, number in enumerate((signed, step, first_token)):
+    for i, number in enumerate((signed, step, first_row, first_col)):
         position[i].fill_(number)

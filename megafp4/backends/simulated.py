@@ -58,11 +58,12 @@ class SimulatedBackend(Stateless, ABC):
         bias: torch.Tensor | None = None,
         slope: Slope | None = None,
         accumulate_into: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
         """Multiply; see :meth:`megafp4.backends.base.Backend.gemm`."""
         self.check(operand_format(a), operand_format(b))
         out = self.product(_plain(a), _plain(b), axes, alpha)
-        return finish(out, out_dtype, bias, slope, accumulate_into)
+        return finish(out, out_dtype, bias, slope, accumulate_into, overwrite)
 
     @abstractmethod
     def product(

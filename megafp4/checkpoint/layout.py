@@ -36,6 +36,13 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Step of a checkpoint's folder."""
+    match = _STEP.fullmatch(checkpoint.name.removeprefix(_REPLACED))
+    assert match is not None, checkpoint
+    return int(match[1])
+
+
 def complete(folder: Path) -> dict[int, Path]:
     """Folders of the complete checkpoints by step, in ascending order.
 

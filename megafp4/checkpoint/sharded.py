@@ -129,6 +129,11 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def is_sharded(folder: Path) -> bool:
+    """Whether several ranks wrote the checkpoint of one step, going by its files' names."""
+    return any(folder.glob(f"rank_*{layout.TENSORS_SUFFIX}"))
+
+
 class ShardedReader:
     """Reads boxes of a checkpoint's tensors, whichever way they were cut when it was saved.
 

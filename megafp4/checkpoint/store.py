@@ -24,6 +24,7 @@ from megafp4.checkpoint.integrity import (
     refuse_pickles,
     verify,
 )
+from megafp4.checkpoint.sharded import ShardedReader, is_sharded
 from megafp4.checkpoint.tensors import read_tensors, write_tensors
 from megafp4.errors import CheckpointError, ConfigError
 
@@ -104,6 +105,17 @@ def load(folder: str | Path, step: int | Literal["latest"] = "latest") -> Checkp
     Raises:
         CheckpointError: There is none, or it is damaged, a pickle, or of a newer format.
     """
+    path = find(folder, step)
+    if is_sharded(path):
+        verify(path)
+        reader = ShardedReader(path)
+        tensors = {group: reader.whole(group) for group in reader.groups()}
+        return Checkpoint(reader.step, tensors, reader.meta, path)
+    return _read(path, layout.step_of(path))
+
+
+def find(folder: str | Path, step: int | Literal["latest"] = "latest") -> Path:
+    """Folder of a checkpoint; arguments and errors as :func:`load`'s, its files are not read."""
     folder = Path(folder)
     if folder.is_file():
         refuse_pickle(folder)
@@ -116,7 +128,7 @@ def load(folder: str | Path, step: int | Literal["latest"] = "latest") -> Checkp
     elif step not in found:
         known = ", ".join(map(str, found))
         raise CheckpointError(f"{folder} holds no checkpoint of step {step}: choose one of {known}")
-    return _read(found[step], step)
+    return found[step]
 
 
 def _write(

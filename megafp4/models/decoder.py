@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,13 +65,27 @@ class Decoder(nn.Module):
         Raises:
             ConfigError: The sequence is longer than the model was built for.
         """
+        x = self.through(self.enter(tokens), tokens, self.blocks)
+        return self.leave(x, targets)
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """Return the residual stream [B, S, H] in front of the blocks; arguments as forward's."""
         if tokens.shape[-1] > self.config.seq_len:
             raise ConfigError(
                 f"a sequence of {tokens.shape[-1]} tokens was given to a model with model.seq_len "
                 f"{self.config.seq_len}: shorten the sequence or raise model.seq_len"
             )
-        x = self.entry(self.dropout(self.embed(tokens).to(self.dtype)))
+        return self.entry(self.dropout(self.embed(tokens).to(self.dtype)))
+
+    def through(self, x: Tensor, tokens: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
+        """Run some of the blocks on the residual stream of a batch."""
         rotary = self.rotary(tokens)
-        for block in self.blocks:
+        for block in blocks:
             x = block(x, rotary)
-        return self.head(self.final_norm(x), self.embedding.weight, targets)
+        return x
+
+    def leave(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits or loss of the residual stream behind the blocks; as forward does."""
+        # A head that is not tied reads no embedding: a pipeline's last stage then has none.
+        tied = None if self.embedding is None else self.embedding.weight
+        return self.head(self.final_norm(x), tied, targets)

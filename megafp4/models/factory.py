@@ -284,10 +284,12 @@ def _recipe_of(
 def _check_exemptions(
     linears: list[Linear], recipe: Recipe, num_layers: int, exempt: Sequence[str]
 ) -> None:
-    named = matching_linears([linear.op.name for linear in linears], exempt, "exempt")
+    slots = {SLOTS[linear.op.layer % SLOTS_PER_BLOCK] for linear in linears}
+    # A pipeline's rank holds some of the blocks; exemptions are those of the whole model.
+    names = {layer_name(block, slot): block for block in range(num_layers) for slot in slots}
+    named = matching_linears(sorted(names), exempt, "exempt")
     if all(
-        linear.op.name in named or recipe.exempts_block(_block(linear), num_layers)
-        for linear in linears
+        name in named or recipe.exempts_block(block, num_layers) for name, block in names.items()
     ):
         parts = [f"the linears named by exempt {' '.join(exempt)}"] if exempt else []
         if recipe.skip_first or recipe.skip_last:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megafp4.config import ModelConfig
 from megafp4.models.decoder import Decoder
+from megafp4.models.layers import Context
 
 if TYPE_CHECKING:
     from megafp4.models.factory import LayerFactory
@@ -18,6 +19,7 @@ class GPT(Decoder):
     """The decoder of GPT-2 [Radford et al. 2019], as Megatron and the MXFP4 paper train it."""
 
     norm = "layernorm"
+    context = Context()
 
     def __init__(self, config: ModelConfig, factory: LayerFactory, dtype: torch.dtype) -> None:
         super().__init__(config, factory, dtype)
@@ -25,5 +27,5 @@ class GPT(Decoder):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Add a learned vector per position to the token embeddings."""
-        index = torch.arange(tokens.shape[-1], device=tokens.device)
+        index = self.context.positions(tokens.shape[-1], tokens.device)
         return self.embedding(tokens) + self.positions(index)

@@ -172,15 +172,15 @@ class Head(nn.Module):
         return self.execution.run(score_chunk, logits, targets, weight)
 
 
-def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
-    """Cosines and sines of position x frequency [arXiv 2104.09864, eq. 15].
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Cosines and sines of positions [S] x frequency [arXiv 2104.09864, eq. 15].
 
     Computed per forward pass (it costs nothing beside a GEMM) rather than kept in buffers, which a
     cast of the model to BF16 would silently round.
     """
+    device = positions.device
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    position = torch.arange(length, device=device, dtype=torch.float32)
-    angle = torch.outer(position, 1.0 / theta**exponent)
+    angle = torch.outer(positions.float(), 1.0 / theta**exponent)
     return angle.cos(), angle.sin()
 
 
@@ -201,6 +201,20 @@ def rotate_both(q_BNSD: Tensor, k_BGSD: Tensor, rotary: Rotary) -> tuple[Tensor,
     return rotate(q_BNSD, rotary), rotate(k_BGSD, rotary)
 
 
+class Context:
+    """Which tokens of a sequence a rank holds, and how they attend to the sequence: here, all."""
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Positions int64 [length] of the tokens that the model is given."""
+        return torch.arange(length, device=device)
+
+    def attend(
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, dropout: float = 0.0
+    ) -> Tensor:
+        """Causal attention of these tokens, [B, S, N D]; see :func:`attend`."""
+        return attend(q_BNSD, k_BGSD, v_BGSD, dropout)
+
+
 class SelfAttention(nn.Module):
     """Causal multi-head or grouped-query attention.
 
@@ -209,6 +223,7 @@ class SelfAttention(nn.Module):
     """
 
     execution = Execution()
+    context = Context()
 
     def __init__(self, config: ModelConfig, factory: LayerFactory, block: int) -> None:
         super().__init__()
@@ -245,7 +260,7 @@ class SelfAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
         if rotary is not None:
             q, k = self.execution.run(rotate_both, q, k, rotary)
-        mixed = attend(q, k, v, self.dropout if self.training else 0.0)
+        mixed = self.context.attend(q, k, v, self.dropout if self.training else 0.0)
         return self.out(self.sub_norm(mixed))
 
 

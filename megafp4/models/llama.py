@@ -10,7 +10,7 @@ from torch import Tensor
 from megafp4.config import ModelConfig
 from megafp4.errors import ConfigError
 from megafp4.models.decoder import Decoder
-from megafp4.models.layers import Rotary, rotary_tables
+from megafp4.models.layers import Context, Rotary, rotary_tables
 
 if TYPE_CHECKING:
     from megafp4.models.factory import LayerFactory
@@ -20,6 +20,7 @@ class Llama(Decoder):
     """The decoder of LLaMA 2 [arXiv 2307.09288]; with ``subln`` and ``relu2-glu``, BitNet b1.58."""
 
     norm = "rmsnorm"
+    context = Context()
 
     def __init__(self, config: ModelConfig, factory: LayerFactory, dtype: torch.dtype) -> None:
         if config.head_dim % 2:
@@ -31,6 +32,6 @@ class Llama(Decoder):
         super().__init__(config, factory, dtype)
 
     def rotary(self, tokens: Tensor) -> Rotary:
-        """Return the tables for the batch's positions 0 .. S - 1."""
-        config = self.config
-        return rotary_tables(tokens.shape[-1], config.head_dim, config.rope_theta, tokens.device)
+        """Return the tables for the positions of the batch's tokens."""
+        positions = self.context.positions(tokens.shape[-1], tokens.device)
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)

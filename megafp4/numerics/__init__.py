@@ -8,7 +8,7 @@ from megafp4.numerics.philox import Key, dither, philox4x32
 from megafp4.numerics.qtensor import QTensor, unpack
 from megafp4.numerics.quantize import Statistic, amax, encode, quantize, scales_from_amax
 from megafp4.numerics.rounding import Rounding
-from megafp4.numerics.shards import Origin, Peers, Runs, Slice
+from megafp4.numerics.shards import Origin, Peers, Runs, Slice, part_of
 from megafp4.numerics.statistics import operand_statistics
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "hadamard",
     "hadamard_signs",
     "operand_statistics",
+    "part_of",
     "philox4x32",
     "quantize",
     "scales_from_amax",

@@ -94,7 +94,7 @@ def quantize(
     stat = amax(x, spec, axis, scaling, statistic, part)
     whole = None
     if part is not None and spec.scale == "e4m3" and stat.numel():
-        whole = part.peers.largest(stat.amax())
+        whole = part.largest(stat.amax())
     scales, tensor_scale = scales_from_amax(stat, spec, whole, statistic)
     return encode(
         x,
@@ -152,17 +152,16 @@ def amax(
         "vector": (0,) if x.shape[:axis].numel() == 1 else (1,),
         "tensor": (0, 1, 2),
     }[scaling]
-    along = {"tensor": (0, 1), "vector": (axis,)}.get(scaling, ())
-    shared = part is not None and part.dim in along
+    along: tuple[int, ...] = {"tensor": (0, 1), "vector": (axis,)}.get(scaling, ())
     if statistic == "absmean":
         # FP64 sums make the FP32 mean independent of the order of summation.
         mean = rows.abs().double().mean(dims).view(shape)
-        if part is not None and shared:  # of equal slices
-            mean = part.peers.sum(mean) / part.peers.size
+        for peers in [] if part is None else part.peers_along(along):  # of equal slices
+            mean = peers.sum(mean) / peers.size
         return mean.float()
     largest = torch.maximum(rows.amax(dims), -rows.amin(dims))
     largest = largest.abs().float().view(shape)  # abs: the largest of zeros may be -0.0
-    return part.peers.largest(largest) if part is not None and shared else largest
+    return largest if part is None else part.largest(largest, along)
 
 
 def scales_from_amax(

@@ -49,6 +49,8 @@ class StepNumbers(NamedTuple):
     """1 - beta2."""
     eps: float
     """Added to the corrected root of the second moment."""
+    feedback: float
+    """(1 / beta1 - 1) / move: what ``eco`` adds to the first moment for what rounding lost."""
 
     @classmethod
     def of(cls, hyper: AdamHyper, step: int) -> StepNumbers:
@@ -59,14 +61,17 @@ class StepNumbers(NamedTuple):
             step: Its index, counted from 0; the bias correction uses ``step + 1``.
         """
         beta1, beta2 = hyper.betas
+        move = -hyper.lr / (1 - beta1 ** (step + 1))
         return cls(
             decay=1 - hyper.lr * hyper.weight_decay,
-            move=-hyper.lr / (1 - beta1 ** (step + 1)),
+            move=move,
             inverse_root=(1 - beta2 ** (step + 1)) ** -0.5,
             beta2=beta2,
             rest1=1 - beta1,
             rest2=1 - beta2,
             eps=hyper.eps,
+            # Without a learning rate nothing moves, and without a beta1 nothing is remembered.
+            feedback=(1 / beta1 - 1) / move if move and beta1 else 0.0,
         )
 
 
@@ -84,6 +89,10 @@ def adamw_update(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, numbers: St
     # No lerp_, addcmul_ or add_(alpha=...): some of them fuse, some of the time.
     m.add_((grad - m).mul_(numbers.rest1))
     v.mul_(numbers.beta2).add_((grad * numbers.rest2).mul_(grad))
+    weight.mul_(numbers.decay).add_((m / denominator_of(v, numbers)).mul_(numbers.move))
+
+
+def denominator_of(v: Tensor, numbers: StepNumbers) -> Tensor:
+    """What AdamW divides the first moment by: FP32, of the second moment's shape."""
     # PyTorch's FP32 root is an ulp off at times; through FP64 it is the correctly rounded one.
-    denominator = v.double().sqrt().float().mul_(numbers.inverse_root).add_(numbers.eps)
-    weight.mul_(numbers.decay).add_((m / denominator).mul_(numbers.move))
+    return v.double().sqrt().float().mul_(numbers.inverse_root).add_(numbers.eps)

@@ -31,6 +31,8 @@ class Dense:
     """What its random bits are for, at step 0."""
     index: int
     """Place of its weight's largest magnitude."""
+    start: int = 0
+    """Place of its first element in the whole parameter, of which it may be a part."""
 
 
 @dataclass
@@ -85,6 +87,7 @@ class FusedSteps:
                 [one.key.stream for one in tensors],
                 self.amax,
                 [one.index for one in tensors],
+                [one.start for one in tensors],
             )
             self._launches[first] = where, launch
         return self._launches[first][1]

@@ -26,6 +26,7 @@ from megafp4.numerics.philox import Key
 from megafp4.optim.adamw import AdamHyper, StepNumbers
 from megafp4.optim.dqt import dqt_step
 from megafp4.optim.fused import Dense, FusedSteps
+from megafp4.optim.quantizers import Draw
 from megafp4.optim.states import CODECS, State, StateCodec, codec_step
 
 
@@ -69,6 +70,8 @@ class Optimizer:
         for index, (name, param) in enumerate(self.params.items()):
             codec = codec_of(param, config)
             self.states[name] = state = codec.adopt(param)
+            if config.grad_dtype == "bfloat16" and param.dim() >= 2:
+                param.grad_dtype = torch.bfloat16
             if grid_of(param) is None:
                 key = Key(seed, 0, index, "update", "a")
                 self._dense[name] = Dense(param, codec, state, key, len(self._dense))
@@ -158,9 +161,9 @@ class Optimizer:
         factor = 1.0 if scale is None else scale.view(())
         for one in tensors:
             assert one.param.grad is not None
-            key = one.key._replace(step=step)
+            draw = Draw(one.key._replace(step=step), one.start)
             weight = one.param.detach()
-            codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, key)
+            codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, draw)
             if self._fused_steps.amax is not None:
                 self._fused_steps.amax[one.index] = _amax(weight)
 
@@ -217,12 +220,12 @@ class Optimizer:
         for name, dense in self._dense.items():
             found = {kind: state[key] for kind in _KINDS if (key := f"{kind}.{name}") in state}
             dtypes = {kind: tensor.dtype for kind, tensor in found.items()}
-            others = [codec.name for codec in CODECS.values() if codec.dtypes == dtypes]
+            others = [repr(codec.name) for codec in CODECS.values() if codec.dtypes == dtypes]
             if dtypes != dense.codec.dtypes and others:
                 raise CheckpointError(
-                    f"the saved optimizer keeps {name!r} as optim.states {others[0]!r} does and "
-                    f"this one as {dense.codec.name!r}: set optim.states to what the run began "
-                    "with, or start anew from its weights"
+                    f"the saved optimizer keeps {name!r} as optim.states "
+                    f"{' or '.join(others)} does and this one as {dense.codec.name!r}: set "
+                    "optim.states to what the run began with, or start anew from its weights"
                 )
 
     def state_bytes(self) -> int:

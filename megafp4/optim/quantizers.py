@@ -9,6 +9,7 @@ values they scale: one pass suffices, and no amax of an earlier step is guessed 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,20 +168,31 @@ def contract(codes: Tensor, largest: Tensor, power: Tensor) -> Tensor:
     return (found | bits ^ magnitude).view(torch.float32)
 
 
-def random_words(key: Key, count: int, device: torch.device) -> Tensor:
+class Draw(NamedTuple):
+    """Which random bits a run of a parameter's elements rounds with."""
+
+    key: Key
+    """What the draw is for."""
+    start: int = 0
+    """Place of the run's first element in the whole parameter, a multiple of 128."""
+
+
+def random_words(draw: Draw, count: int, device: torch.device) -> Tensor:
     """Draw 32 random bits for each of ``count`` elements of a flat tensor.
 
-    Counter words as in :mod:`megafp4.numerics.philox`, with the tensor as one line of groups of 4.
+    Counter words as in :mod:`megafp4.numerics.philox`, with the whole parameter as one line of
+    groups of 4.
 
     Args:
-        key: What the draw is for.
+        draw: Which bits.
         count: Elements.
         device: Where to draw.
 
     Returns:
         int64 [groups, 128], each from 0 to 2^32 - 1.
     """
-    calls = torch.arange(group_count(count) * (GROUP // 4), device=device)
+    key, first = draw.key, draw.start // 4
+    calls = torch.arange(first, first + group_count(count) * (GROUP // 4), device=device)
     words = philox4x32((calls, 0, key.step, key.stream), key.seed_words)
     return torch.stack(words, dim=-1).view(-1, GROUP)
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megafp4.config import OptimConfig
-from megafp4.errors import UnsupportedError
 from megafp4.numerics import Key
 from megafp4.optim.adamw import AdamHyper, StepNumbers
 from megafp4.optim.fused import Dense, FusedSteps
 from megafp4.optim.optimizer import codec_of, grid_of
-from megafp4.optim.quantizers import GROUP
-from megafp4.optim.states import BF16States, State, codec_step
+from megafp4.optim.quantizers import GROUP, Draw
+from megafp4.optim.states import State, codec_step
 from megafp4.parallel.bucket import Bucket, Piece
 from megafp4.parallel.collectives import Group
 
@@ -35,6 +34,23 @@ class StateKind(NamedTuple):
     """Elements that a row stands for: 1, or 128 for scales."""
     width: int = 1
     """Numbers of a row."""
+
+
+class OwnedState(NamedTuple):
+    """What a rank owns of one kind of state of one parameter."""
+
+    name: str
+    """Parameter."""
+    label: str
+    """Kind of state, ``exp_avg`` say."""
+    kind: StateKind
+    """How it lies in memory."""
+    start: int
+    """First element of the parameter, as this rank's model holds it; a multiple of the group."""
+    stop: int
+    """Behind the last element; ``start`` where the rank owns nothing."""
+    memory: Tensor | None
+    """The state itself; None where the rank owns nothing."""
 
 
 class PieceStates:
@@ -69,17 +85,9 @@ class PieceStates:
             piece: The piece.
             weights: Where the model reads it, flat, of its :meth:`weight_dtype`; overwritten with
                 the first values, which are taken from the parameter while it is FP32.
-
-        Raises:
-            UnsupportedError: The codec draws random bits, and the piece is not a whole parameter.
         """
         param = self._params[piece.name]
         codec = codec_of(param, self._config)
-        if isinstance(codec, BF16States) and piece.numel != param.numel():
-            raise UnsupportedError(
-                f"optim.states {codec.name!r} rounds by the place of an element in its parameter, "
-                f"and {piece.name!r} is cut by ZeRO: choose fp32, fp8lm or coat"
-            )
         first = param.detach().reshape(-1)[piece.start : piece.stop]
         own = nn.Parameter(first.clone())
         state = codec.adopt(own)
@@ -87,7 +95,7 @@ class PieceStates:
         own.data = weights
         self._states[piece.name] = state
         key, index = self._keys[piece.name], len(self._dense)
-        self._dense[piece.name] = Dense(own, codec, state, key, index)
+        self._dense[piece.name] = Dense(own, codec, state, key, index, piece.start)
 
     def adopt_grid(self, piece: Piece) -> None:
         """Begin to keep the moments of rows of a grid weight."""
@@ -132,8 +140,8 @@ class PieceStates:
         factor = 1.0 if scale is None else scale.view(())
         for one in pieces:
             assert one.param.grad is not None
-            weight, key = one.param.detach(), one.key._replace(step=step)
-            codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, key)
+            weight, draw = one.param.detach(), Draw(one.key._replace(step=step), one.start)
+            codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, draw)
 
     def moments(self, name: str) -> tuple[Tensor, Tensor]:
         """FP32 moments of the owned rows of a grid weight, flat."""

@@ -7,6 +7,8 @@ fp32      FP32                    FP32                        FP32              
 bf16-sr   BF16, stochastic        BF16                        BF16, stochastic     2 + 4
 fp8lm     BF16, and 8 bits below  E4M3 x 2^e                  FP16 x 2^e           2 + 4.02
 coat      FP32                    E4M3 of an expanded range   as the first         4 + 2.13
+coat-sr   BF16, stochastic        E4M3 of an expanded range   as the first         2 + 2.13
+eco       BF16                    BF16, and what was lost     as coat's            2 + 3.06
 ========  ======================  ==========================  ===================  ==============
 
 .. [1] Weight + the codec's state. Scales belong to groups of 128 elements of the flat tensor.
@@ -19,17 +21,32 @@ device; ``megafp4_kernels.adamw`` does the same in one pass over memory, bit for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from megafp4.numerics.philox import Key
 from megafp4.optim import quantizers as q
-from megafp4.optim.adamw import StepNumbers, adamw_update
+from megafp4.optim.adamw import StepNumbers, adamw_update, denominator_of
 
 State: TypeAlias = dict[str, Tensor]
 """What a codec keeps beside one parameter, by kind."""
+Moved: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""FP32 weight and moments after a step."""
+
+
+class Step(NamedTuple):
+    """What an encoder may want to know of the step."""
+
+    numbers: StepNumbers
+    """Its constants."""
+    draw: q.Draw | None
+    """Its random bits; needed by codecs that round stochastically."""
+
+    def random_words(self, like: Tensor) -> Tensor:
+        """32 random bits for each element of a tensor, int64 [groups, 128]."""
+        assert self.draw is not None
+        return q.random_words(self.draw, like.numel(), like.device)
 
 
 class StateCodec(ABC):
@@ -75,13 +92,11 @@ class StateCodec(ABC):
         weight.copy_(master)
 
     @abstractmethod
-    def decode(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, weight: Tensor, state: State) -> Moved:
         """FP32 weight and moments, of one shape; they may be the stored tensors themselves."""
 
     @abstractmethod
-    def encode(
-        self, moved: tuple[Tensor, Tensor, Tensor], weight: Tensor, state: State, key: Key | None
-    ) -> None:
+    def encode(self, moved: Moved, weight: Tensor, state: State, step: Step) -> None:
         """Store weight and moments, of the shape that :meth:`decode` gave them."""
 
 
@@ -92,13 +107,11 @@ class FP32States(StateCodec):
     element_dtypes: ClassVar = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
     group_dtypes: ClassVar = {}
 
-    def decode(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, weight: Tensor, state: State) -> Moved:
         """Give the stored tensors themselves."""
         return weight, state["exp_avg"], state["exp_avg_sq"]
 
-    def encode(
-        self, moved: tuple[Tensor, Tensor, Tensor], weight: Tensor, state: State, key: Key | None
-    ) -> None:
+    def encode(self, moved: Moved, weight: Tensor, state: State, step: Step) -> None:
         """Nothing to do: what moved is what is stored."""
 
 
@@ -115,17 +128,14 @@ class BF16States(StateCodec):
     element_dtypes: ClassVar = {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
     group_dtypes: ClassVar = {}
 
-    def decode(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, weight: Tensor, state: State) -> Moved:
         """Widen what is stored."""
         return q.grouped(weight), q.grouped(state["exp_avg"]), q.grouped(state["exp_avg_sq"])
 
-    def encode(
-        self, moved: tuple[Tensor, Tensor, Tensor], weight: Tensor, state: State, key: Key | None
-    ) -> None:
+    def encode(self, moved: Moved, weight: Tensor, state: State, step: Step) -> None:
         """Round the first moment to nearest, the others stochastically."""
-        assert key is not None
         new, m, v = moved
-        random = q.random_words(key, weight.numel(), weight.device)
+        random = step.random_words(weight)
         q.put(weight, q.round_to_bf16(new, random & 0xFFFF))
         q.put(state["exp_avg"], m.bfloat16())
         q.put(state["exp_avg_sq"], q.round_to_bf16(v, random >> 16))
@@ -154,16 +164,14 @@ class FP8LMStates(StateCodec):
         weight.copy_(high)
         state["master_low"].copy_(low)
 
-    def decode(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, weight: Tensor, state: State) -> Moved:
         """Join the master; bring the moments back to scale."""
         m, v = q.grouped(state["exp_avg"].float()), q.grouped(state["exp_avg_sq"])
         m *= q.power_of_two(state["exponents"][:, :1])
         v *= q.power_of_two(state["exponents"][:, 1:])
         return q.grouped(q.join_24_bits(weight, state["master_low"])), m, v
 
-    def encode(
-        self, moved: tuple[Tensor, Tensor, Tensor], weight: Tensor, state: State, key: Key | None
-    ) -> None:
+    def encode(self, moved: Moved, weight: Tensor, state: State, step: Step) -> None:
         """Split the master; scale each group of moments by what its new values ask for."""
         new, m, v = moved
         high, low = q.split_24_bits(new)
@@ -193,23 +201,73 @@ class CoatStates(StateCodec):
         state["ranges"][:, 1::2] = 16.0
         return state
 
-    def decode(self, weight: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, weight: Tensor, state: State) -> Moved:
         """Contract the ranges of both moments."""
         largest_m, power_m, largest_v, power_v = state["ranges"].t().unsqueeze(-1).contiguous()
         m = q.contract(_grouped_codes(state["exp_avg"]), largest_m, power_m)
         v = q.contract(_grouped_codes(state["exp_avg_sq"]), largest_v, power_v)
         return q.grouped(weight), m, v
 
-    def encode(
-        self, moved: tuple[Tensor, Tensor, Tensor], weight: Tensor, state: State, key: Key | None
-    ) -> None:
+    def encode(self, moved: Moved, weight: Tensor, state: State, step: Step) -> None:
         """Expand the ranges of both new moments."""
         new, m, v = moved
         of_m, of_v = q.expansion(m), q.expansion(v)
-        q.put(weight, new)
+        self._put_weight(weight, new, step)
         q.put(state["exp_avg"], q.expand(m, *of_m))
         q.put(state["exp_avg_sq"], q.expand(v, *of_v))
         state["ranges"].copy_(torch.cat([*of_m, *of_v], 1))
+
+    def _put_weight(self, weight: Tensor, new: Tensor, step: Step) -> None:
+        del step
+        q.put(weight, new)
+
+
+class CoatSRStates(CoatStates):
+    """COAT's moments beside a BF16 weight without a master, rounded stochastically [2502.20566]."""
+
+    name = "coat-sr"
+    weight_dtype = torch.bfloat16
+
+    def _put_weight(self, weight: Tensor, new: Tensor, step: Step) -> None:
+        q.put(weight, q.round_to_bf16(new, step.random_words(weight) & 0xFFFF))
+
+
+class EcoStates(StateCodec):
+    """ECO [2601.22101] on BF16 weights: no master, what rounding loses goes into the first moment.
+
+    The weight is rounded to nearest and its error e is added to the first moment as
+    e (1 - 1 / beta1) (1 - beta1^t) / lr times Adam's denominator, with which the weight and the
+    moves that are still to come follow the trajectory that nothing was rounded on. The first moment
+    holds what the weight lacks, so it is BF16; the second is COAT's, and no random bits are drawn.
+    """
+
+    name = "eco"
+    weight_dtype = torch.bfloat16
+    element_dtypes: ClassVar = {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.float8_e4m3fn}
+    group_dtypes: ClassVar = {"ranges": (torch.float32, 2)}
+
+    def adopt(self, param: nn.Parameter) -> State:
+        """As every codec; a group that is zero has a power of 16."""
+        state = super().adopt(param)
+        state["ranges"][:, 1] = 16.0
+        return state
+
+    def decode(self, weight: Tensor, state: State) -> Moved:
+        """Widen weight and first moment; contract the range of the second."""
+        largest, power = state["ranges"].t().unsqueeze(-1).contiguous()
+        v = q.contract(_grouped_codes(state["exp_avg_sq"]), largest, power)
+        return q.grouped(weight), q.grouped(state["exp_avg"]), v
+
+    def encode(self, moved: Moved, weight: Tensor, state: State, step: Step) -> None:
+        """Round the weight to nearest, with its error into the first moment; expand the second."""
+        new, m, v = moved
+        rounded = new.bfloat16()
+        q.put(weight, rounded)
+        lost = (new - rounded.float()).mul_(step.numbers.feedback)
+        q.put(state["exp_avg"], (m + lost.mul_(denominator_of(v, step.numbers))).bfloat16())
+        of_v = q.expansion(v)
+        q.put(state["exp_avg_sq"], q.expand(v, *of_v))
+        state["ranges"].copy_(torch.cat(of_v, 1))
 
 
 def _grouped_codes(codes: Tensor) -> Tensor:
@@ -218,7 +276,15 @@ def _grouped_codes(codes: Tensor) -> Tensor:
 
 
 CODECS: dict[str, StateCodec] = {
-    codec.name: codec for codec in (FP32States(), BF16States(), FP8LMStates(), CoatStates())
+    codec.name: codec
+    for codec in (
+        FP32States(),
+        BF16States(),
+        FP8LMStates(),
+        CoatStates(),
+        CoatSRStates(),
+        EcoStates(),
+    )
 }
 """By the value of ``optim.states``."""
 
@@ -231,7 +297,7 @@ def codec_step(
     state: State,
     numbers: StepNumbers,
     scale: float | Tensor = 1.0,
-    key: Key | None = None,
+    draw: q.Draw | None = None,
 ) -> None:
     """Take one AdamW step of one parameter: the specification of the fused kernel.
 
@@ -242,9 +308,9 @@ def codec_step(
         state: Of :meth:`StateCodec.adopt`; overwritten.
         numbers: Constants of the step.
         scale: FP32 factor of the gradient.
-        key: What random bits are for, where the codec draws some.
+        draw: Which random bits to round with, where the codec draws some.
     """
     moved = codec.decode(weight, state)
     grad = grad.float() * scale
     adamw_update(moved[0], grad if moved[0] is weight else q.grouped(grad), *moved[1:], numbers)
-    codec.encode(moved, weight, state, key)
+    codec.encode(moved, weight, state, Step(numbers, draw))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,14 @@ from megafp4.numerics.grid import StoreStatistics
 from megafp4.optim.adamw import AdamHyper
 from megafp4.optim.optimizer import grid_of, storage_bytes
 from megafp4.optim.shard_states import (
+    OwnedState,
     PieceStates,
     StateKind,
     bucket_kinds,
     rows_of,
     whole_state,
 )
+from megafp4.optim.zero_amax import WeightAmax
 from megafp4.optim.zero_grids import GridShards
 from megafp4.parallel.bucket import BUCKET_ELEMENTS, Bucket, plan_buckets
 from megafp4.parallel.collectives import Group, Pending
@@ -59,7 +62,12 @@ class ZeroOptimizer:
         fused: Move dense pieces by kernels if they are on a GPU.
         bucket_elements: Elements of a bucket.
         model: Ranks over which the model itself is cut: norms are taken over them too.
-        replicated: Parameters of which all ranks of ``model`` hold the same.
+        elsewhere: Parameters that another rank of ``model`` counts in the norm: this rank holds a
+            replica, or a tied copy.
+        partial: Parameters whose gradients are still to be summed over another group: those of
+            norms under sequence parallelism, tied embeddings of a pipeline. The groups differ in
+            name, and their ranks have the same place in ``group``.
+        weight_amax: Keep :attr:`weight_amax`.
 
     Raises:
         ConfigError: A dense parameter is not FP32, or sizes do not fit.
@@ -78,19 +86,24 @@ class ZeroOptimizer:
         fused: bool = False,
         bucket_elements: int = BUCKET_ELEMENTS,
         model: Group | None = None,
-        replicated: Collection[str] = (),
+        elsewhere: Collection[str] = (),
+        partial: Mapping[str, Group] = MappingProxyType({}),
+        weight_amax: bool = False,
     ) -> None:
         self.params = dict(params)
         self.config, self.seed, self.group, self.fused = config, seed, group, fused
         self.grid_statistics: dict[str, StoreStatistics] = {}
         """Flips and saturation of each grid parameter in the last step."""
         self._model = Group("model") if model is None else model
-        self._replicated = frozenset(replicated)
-        _check_types(self.params)
+        self._elsewhere = frozenset(elsewhere)
+        _check(self.params, partial)
         self._states = PieceStates(self.params, config, seed, fused)
         self.buckets = plan_buckets(
             {name: param.shape for name, param in self.params.items()},
-            bucket_kinds(self._states, self.params),
+            {
+                name: f"{kind} summed over {partial[name].name}" if name in partial else kind
+                for name, kind in bucket_kinds(self._states, self.params).items()
+            },
             group.size,
             by_rows=["grid"],
             bucket_elements=bucket_elements,
@@ -99,7 +112,25 @@ class ZeroOptimizer:
         grids = {name: grid for name, param in self.params.items() if (grid := grid_of(param))}
         self._grids = GridShards(grids, [b for b in self.buckets if b.kind == "grid"], group)
         self._weights = [self._adopt(i) for i in range(len(self.buckets))]
-        self.gradients = GradientBuckets(self.params, self.buckets, reducer, stage)
+        self.gradients = GradientBuckets(self.params, self.buckets, reducer, stage, partial)
+        pieces = self._dense_pieces() if weight_amax else {}
+        self._amax = WeightAmax(pieces, group, self.gradients.shards[0].device)
+
+    @property
+    def weight_amax(self) -> Mapping[str, Tensor]:
+        """As :attr:`megafp4.optim.Optimizer.weight_amax`, of the parameters on this rank."""
+        return self._amax.by_name
+
+    def _dense_pieces(self) -> dict[str, list[Tensor]]:
+        """What this rank owns of each dense weight, where the model reads it."""
+        found: dict[str, list[Tensor]] = {
+            name: [] for name, param in self.params.items() if grid_of(param) is None
+        }
+        for flat, owned in zip(self._weights, self._owned, strict=True):
+            for piece in owned if flat is not None else []:
+                assert flat is not None
+                found[piece.name].append(piece.of(self.group.own(flat)))
+        return found
 
     def _adopt(self, index: int) -> Tensor | None:
         """Move a bucket's dense weights to a flat buffer and begin to keep what this rank owns.
@@ -151,7 +182,7 @@ class ZeroOptimizer:
             piece.of(shard)
             for shard, owned in zip(self.gradients.shards, self._owned, strict=True)
             for piece in owned
-            if self._model.rank == 0 or piece.name not in self._replicated
+            if piece.name not in self._elsewhere
         ]
         square = torch.zeros(1, dtype=torch.float64, device=self.gradients.shards[0].device)
         if counted:
@@ -221,6 +252,7 @@ class ZeroOptimizer:
                 )
         self._grids.gather()
         self.grid_statistics = self._grids.statistics(grid_steps)
+        self._amax.measure()
         for pending in arriving:
             pending.wait()
         self._mark_weights_written()
@@ -284,11 +316,12 @@ class ZeroOptimizer:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` returned, perhaps for another number of ranks.
 
-        Weights are the model's own to load.
+        Weights are the model's own to load, before this. Every rank must call it.
 
         Raises:
             CheckpointError: Names, sizes or types are not this optimizer's; nothing has changed
                 then.
+            CommunicationError: Another rank is gone.
         """
         expected = {f"{label}.{name}": (name, kind) for label, _, name, kind in self._kinds()}
         strange = sorted(expected.keys() ^ state.keys())
@@ -313,6 +346,7 @@ class ZeroOptimizer:
                 rows = state[f"{label}.{name}"].reshape(-1, kind.width)
                 part = rows[piece.start // kind.group : rows_of(piece.stop, kind)]
                 mine.copy_(part.reshape(mine.shape))
+        self._amax.measure()
 
     def _kinds(self) -> Iterator[tuple[str, Bucket, str, StateKind]]:
         """(label, bucket, parameter, kind) of all state, alike on all ranks."""
@@ -321,12 +355,35 @@ class ZeroOptimizer:
             for label, kind in self._states.layout(name).items():
                 yield label, homes[name], name, kind
 
+    def owned_states(self) -> Iterator[OwnedState]:
+        """All kinds of state of all parameters, with the memory of what this rank owns of them."""
+        owned = {piece.name: piece for pieces in self._owned for piece in pieces}
+        for label, _, name, kind in self._kinds():
+            piece = owned.get(name)
+            start, stop = (0, 0) if piece is None else (piece.start, piece.stop)
+            memory = None if piece is None else self._states.read(name, label)
+            yield OwnedState(name, label, kind, start, stop, memory)
+
+    def weights_loaded(self) -> None:
+        """Look at the weights again, which were loaded; every rank must call this.
+
+        Raises:
+            CommunicationError: Another rank is gone.
+        """
+        self._amax.measure()
+
     def state_bytes(self) -> int:
         """Bytes of this rank's state, measured on storages."""
         return storage_bytes(self._states.tensors())
 
 
-def _check_types(params: Mapping[str, nn.Parameter]) -> None:
+def _check(params: Mapping[str, nn.Parameter], partial: Mapping[str, Group]) -> None:
+    strange = sorted(partial.keys() - params.keys())
+    if strange:
+        raise ConfigError(
+            f"the gradient of {strange[0]!r} is to be summed over group "
+            f"{partial[strange[0]].name!r}, and there is no such parameter: name those of this rank"
+        )
     for name, param in params.items():
         if grid_of(param) is None and param.dtype != torch.float32:
             raise ConfigError(

@@ -48,7 +48,7 @@ class GridShards:
                 self._rows[name] = spans
                 first, last = spans[group.rank]
                 if first < last:
-                    self.pieces[name] = _rows_of(grid, first, last)
+                    self.pieces[name] = grid_rows(grid, first, last)
 
     def step(
         self,
@@ -115,7 +115,8 @@ class GridShards:
         }
 
 
-def _rows_of(grid: GridWeight, first: int, last: int) -> GridWeight:
+def grid_rows(grid: GridWeight, first: int, last: int) -> GridWeight:
+    """Some rows of a grid weight, as views of its codes and steps."""
     return GridWeight(
         grid.codes[first:last],
         grid.scale[first:last],

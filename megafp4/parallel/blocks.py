@@ -89,6 +89,58 @@ def decode_blocks(messages: Tensor, out: Tensor) -> None:
         row.copy_(_decoded(message, count))
 
 
+def largest_magnitude(x: Tensor) -> Tensor:
+    """Largest magnitude of a tensor, FP32 [1]; NaN if there is one."""
+    if x.is_cuda:
+        from megafp4_kernels import amax  # needs triton, an optional package
+
+        return amax.amax(x.view(-1, GRANULE), None).view(1)
+    return x.abs().amax().float().view(1)
+
+
+def cast_shared(x: Tensor, factor: Tensor) -> Tensor:
+    """E4M3 of a tensor times a factor, saturated; NaN becomes 0.
+
+    Args:
+        x: BF16 or FP32 [count], contiguous; count is a multiple of :data:`GRANULE`.
+        factor: FP32 [1].
+
+    Returns:
+        float8_e4m3fn [count].
+    """
+    if x.is_cuda:
+        from megafp4_kernels import fp8_reduce  # needs triton, an optional package
+
+        codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        fp8_reduce.cast_shared(x, factor, codes)
+        return codes.view(torch.float8_e4m3fn)
+    scaled = (x.float() * factor).nan_to_num_(0.0)
+    return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def decode_shared(codes: Tensor, factor: Tensor, out: Tensor, accumulate: bool) -> Tensor:
+    """Decode a tensor whose values share a factor.
+
+    Args:
+        codes: float8_e4m3fn [count]; count is a multiple of :data:`GRANULE`.
+        factor: FP32 [1].
+        out: FP32 [count]; overwritten, or added to.
+        accumulate: Add to ``out``.
+
+    Returns:
+        How many codes are of the largest magnitude, int64 0-dim.
+    """
+    if out.is_cuda:
+        from megafp4_kernels import fp8_reduce  # needs triton, an optional package
+
+        return fp8_reduce.decode_shared(codes.view(torch.uint8), factor, out, accumulate)
+    values = codes.float()
+    saturated = (values.abs() == E4M3_MAX).sum()
+    values *= factor
+    out.copy_(out + values if accumulate else values)
+    return saturated
+
+
 def sum_rows(rows: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False) -> None:
     """Sum what the ranks sent, in rank order and FP32, then multiply.
 

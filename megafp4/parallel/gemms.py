@@ -31,8 +31,8 @@ from torch import Tensor
 
 from megafp4.backends import Operand
 from megafp4.errors import ConfigError
-from megafp4.linear_op import FP32, LinearOp
-from megafp4.numerics import Runs, Slice
+from megafp4.linear_op import FP32, LinearOp, Wgrad
+from megafp4.numerics import Runs, Slice, part_of
 from megafp4.parallel.collectives import Group, Pending
 from megafp4.parallel.cut import Cut
 from megafp4.parallel.gather import Gathering, gather_tokens
@@ -112,14 +112,29 @@ class ShardedOp(LinearOp):
     ) -> tuple[Tensor, Tensor]:
         """Both gradients; dgrad's sum over the ranks is on its way while wgrad runs."""
         own = self._own(at, "dy", dy)
-        for_wgrad = replace(self._request("wgrad", "a", own), sums=sums)
-        requests = [self._request("dgrad", "a", own), for_wgrad]
         if self._slices("x") == 0 and self._waits_as_operand:
             kept = self._start_gather(kept, 0)
-        a, b = self._cast(dy, requests)
+        a, b = self._cast(dy, self._requests_of_dy(own, sums))
         dx = self._start_dx(a, weight, at, dy.dtype)
         dw = self._wgrad(b, kept, weight, at, target)
         return dx.wait().to(dy.dtype), dw
+
+    def split(
+        self, dy: Tensor, kept: Operand, weight: Tensor, at: Position, sums: Tensor | None = None
+    ) -> tuple[Tensor, Wgrad]:
+        """Dgrad now; wgrad, and the gathering of what fprop kept, when it is called."""
+        own = self._own(at, "dy", dy)
+        a, b = self._cast(dy, self._requests_of_dy(own, sums))
+
+        def wgrad(target: Target) -> Tensor:
+            late = self._slices("x") == 0 and self._waits_as_operand
+            return self._wgrad(b, self._start_gather(kept, 0) if late else kept, weight, at, target)
+
+        return self._start_dx(a, weight, at, dy.dtype).wait().to(dy.dtype), wgrad
+
+    def _requests_of_dy(self, own: Position, sums: Tensor | None) -> list[CastRequest]:
+        for_wgrad = replace(self._request("wgrad", "a", own), sums=sums)
+        return [self._request("dgrad", "a", own), for_wgrad]
 
     def _start_dx(self, a: Operand, weight: Tensor, at: Position, dtype: torch.dtype) -> Pending:
         if self.shard.kind == "row":
@@ -162,7 +177,8 @@ class ShardedOp(LinearOp):
             line, k = origin
             origin = (line, self.shard.origin) if contracted else (self.shard.origin, k)
         # A magnitude that is known without reading the slice is the slice's own.
-        return replace(request, origin=origin, part=Slice(self.shard.group, dim), amax=None)
+        part = Slice(self.shard.group, dim, within=request.part)
+        return replace(request, origin=origin, part=part, amax=None)
 
     def _cast(
         self,
@@ -219,7 +235,8 @@ class ShardedOp(LinearOp):
         """Position of this rank's first token of a matrix."""
         if self._slices(matrix) != 0:
             return at
-        return at._replace(first_token=at.first_token + self.shard.group.rank * x.shape[0])
+        first, count = self.shard.group.rank * x.shape[0], x.shape[0]
+        return at._replace(first_token=part_of(at.first_token, first, count))
 
     def _travels(self, dtype: torch.dtype) -> torch.dtype:
         return self.shard.reduce_dtype or dtype

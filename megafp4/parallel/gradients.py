@@ -9,6 +9,10 @@ whatever the order in which they fill.
 * Stage 2 reduces after every micro-batch, on top of the FP32 sum so far, and frees the bucket: a
   rank keeps only the gradients it owns, and communicates as often as there are micro-batches.
 
+Wgrad can write its gradient where the bucket keeps it (:meth:`GradientBuckets.destination`), which
+saves the hook a copy. Gradients that are partial sums, those of norms whose tokens are cut over
+other ranks say, lie in buckets of their own and are added over those ranks once they are complete.
+
 The FP32 sum has the bits of a serial accumulation over micro-batches 0, 1, 2, ... if the wire is
 FP32 and
 
@@ -27,6 +31,7 @@ from torch import Tensor, nn
 
 from megafp4.errors import ConfigError
 from megafp4.parallel.bucket import Bucket
+from megafp4.parallel.collectives import Group
 from megafp4.parallel.reduce import Reducer
 
 Stage: TypeAlias = Literal[1, 2]
@@ -40,6 +45,8 @@ class _Filling:
     """FP32, all of the bucket."""
     written: set[str]
     """Parameters whose gradients it holds; elsewhere it is not initialised."""
+    promised: set[str]
+    """Parameters whose gradients are being written to it, before their hooks have run."""
 
 
 class GradientBuckets:
@@ -50,6 +57,8 @@ class GradientBuckets:
         buckets: Their layout, in the order in which backward completes it.
         reducer: Sums over the ranks.
         stage: See the module's description.
+        partial: Parameters whose gradients are still to be summed over another group; those of a
+            bucket share theirs.
 
     Raises:
         ConfigError: ``stage`` is unknown or the buckets are for another number of ranks.
@@ -61,6 +70,7 @@ class GradientBuckets:
         buckets: Sequence[Bucket],
         reducer: Reducer,
         stage: Stage,
+        partial: Mapping[str, Group] | None = None,
     ) -> None:
         if stage not in (1, 2):
             raise ConfigError(f"ZeRO stage {stage}: choose 1 or 2")
@@ -77,9 +87,11 @@ class GradientBuckets:
         self.shards = [torch.zeros(bucket.shard, device=device) for bucket in buckets]
         """FP32 sum over the ranks of what this rank owns, by bucket; complete after finish()."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._others = [(partial or {}).get(bucket.names[0]) for bucket in buckets]
         self._gaps = [bucket.gaps.to(device) for bucket in buckets]
         self._home = {name: i for i, bucket in enumerate(buckets) for name in bucket.names}
         self._pieces = {name: buckets[home].pieces_of(name) for name, home in self._home.items()}
+        self._names = {id(param): name for name, param in self.params.items()}
         self._fillings: dict[int, _Filling] = {}
         self._seen: set[str] = set()
         self._forget_step()
@@ -93,6 +105,7 @@ class GradientBuckets:
             last: Whether it is the step's last one, whose gradients complete the sums. If the
                 micro-batches of a pipeline interleave, none is: :meth:`finish` then reduces.
         """
+        self._finished = False
         self._reducing = last or self.stage == 2
         self._missing = [set(bucket.names) for bucket in self.buckets]
         self._launched = 0
@@ -110,8 +123,24 @@ class GradientBuckets:
                 f"{unused[0]!r} and {len(unused) - 1} other parameters got no gradient in a step: "
                 "use every parameter in the loss, or set requires_grad to False"
             )
+        if self._finished:
+            return
+        self._finished = True
         while self._launched < len(self.buckets):
             self._launch()
+        # Micro-batches that were not announced have filled buckets anew.
+        for home in sorted(self._fillings):
+            self._reduce(home)
+        with torch.cuda.stream(self._stream):  # no-op for None
+            sums = [
+                group.start_all_reduce(shard, f"partial gradients of {bucket.name}")
+                for bucket, shard, group in zip(
+                    self.buckets, self.shards, self._others, strict=True
+                )
+                if group is not None
+            ]
+            for pending in sums:
+                pending.wait()
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
@@ -121,6 +150,29 @@ class GradientBuckets:
             param.grad = None
         self._fillings.clear()
         self._forget_step()
+
+    def destination(self, param: Tensor) -> tuple[Tensor, bool] | None:
+        """Say where to write the gradient of a parameter that backward is about to compute.
+
+        Whoever asks must write there, and return the tensor as the gradient, so that autograd adds
+        what else there is and calls the hook. Until then the parameter's other gradients, if it is
+        used more than once, are told no place.
+
+        Returns:
+            FP32 in the parameter's shape, and whether to overwrite what it holds, which is added to
+            otherwise. None where the gradient is not ours, not FP32, or not in one piece.
+        """
+        name = self._names.get(id(param))
+        if name is None or len(self._pieces[name]) != 1:
+            return None
+        if (param.grad_dtype or param.dtype) != torch.float32:
+            return None
+        filling = self._filling(self._home[name])
+        if name in filling.promised:
+            return None
+        filling.promised.add(name)
+        place = self._pieces[name][0].of(filling.buffer).view(param.shape)
+        return place, name not in filling.written
 
     @property
     def held_bytes(self) -> int:
@@ -139,16 +191,13 @@ class GradientBuckets:
         assert grad is not None, "the hook runs after the gradient has been accumulated"
         param.grad = None
         home = self._home[name]
-        filling = self._fillings.get(home)
-        if filling is None:
-            filling = self._fillings[home] = self._open(home)
-        flat = grad.reshape(-1)
-        for piece in self._pieces[name]:
-            place, values = piece.of(filling.buffer), flat[piece.start : piece.stop]
-            if name in filling.written:
-                place.add_(values)
-            else:
-                place.copy_(values)
+        filling = self._filling(home)
+        if name not in filling.promised:
+            self._add(name, grad, filling, fresh=name not in filling.written)
+        elif grad.data_ptr() != self._pieces[name][0].of(filling.buffer).data_ptr():
+            # Autograd has added to what was written in place, or copied it.
+            self._add(name, grad, filling, fresh=True)
+        filling.promised.discard(name)
         filling.written.add(name)
         self._seen.add(name)
         self._missing[home].discard(name)
@@ -156,15 +205,32 @@ class GradientBuckets:
             while self._launched < len(self.buckets) and not self._missing[self._launched]:
                 self._launch()
 
+    def _add(self, name: str, grad: Tensor, filling: _Filling, fresh: bool) -> None:
+        flat = grad.reshape(-1)
+        for piece in self._pieces[name]:
+            place, values = piece.of(filling.buffer), flat[piece.start : piece.stop]
+            if fresh:
+                place.copy_(values)
+            else:
+                place.add_(values)
+
+    def _filling(self, home: int) -> _Filling:
+        if home not in self._fillings:
+            self._fillings[home] = self._open(home)
+        return self._fillings[home]
+
     def _open(self, home: int) -> _Filling:
         """Return a bucket to fill, with zeros where no parameter lies."""
         buffer = torch.empty(self.buckets[home].numel, device=self.shards[home].device)
-        return _Filling(buffer.index_fill_(0, self._gaps[home], 0.0), set())
+        return _Filling(buffer.index_fill_(0, self._gaps[home], 0.0), set(), set())
 
     def _launch(self) -> None:
-        """Reduce the next bucket, behind the work that has filled it, and free it."""
-        home = self._launched
+        """Reduce the next bucket."""
         self._launched += 1
+        self._reduce(self._launched - 1)
+
+    def _reduce(self, home: int) -> None:
+        """Reduce a bucket, behind the work that has filled it, and free it."""
         bucket = self.buckets[home]
         filling = self._fillings.pop(home, None) or self._open(home)
         for name in set(bucket.names) - filling.written:

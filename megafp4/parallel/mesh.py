@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from megafp4.config import ModelConfig
@@ -23,6 +24,7 @@ from megafp4.errors import CommunicationError, ConfigError, UnsupportedError
 from megafp4.models.factory import layer_name
 from megafp4.models.layers import is_gated
 from megafp4.parallel.collectives import CommunicationLedger, Group
+from megafp4.parallel.context import check_context
 from megafp4.parallel.cut import Cut, check_cut
 from megafp4.recipes import Gemm, Recipe
 from megafp4.recipes.exemptions import matches
@@ -31,11 +33,14 @@ AXES = ("pp", "dp", "cp", "tp")
 """Axes of the mesh, slowest first."""
 
 TIMEOUT = timedelta(seconds=600)
-"""How long a collective waits for a rank before the job ends."""
+"""How long a collective waits for a rank while the job starts, evaluates or saves."""
+
+STEP_TIMEOUT = timedelta(seconds=45)
+"""How long a collective of a training step waits for a rank before the job ends."""
 
 # Groups over more than one axis: gradients are summed over replicas of the weights; norms and
-# checkpoints concern all ranks that hold parts of one replica.
-_UNIONS = {"replicas": ("dp", "cp"), "model": ("pp", "tp")}
+# checkpoints concern all ranks that hold parts of one replica; signals concern everybody.
+_UNIONS = {"replicas": ("dp", "cp"), "model": ("pp", "tp"), "world": AXES}
 
 
 class Coordinate(NamedTuple):
@@ -200,6 +205,21 @@ class Mesh:
         """Ranks that hold one replica of the weights together, pp x tp."""
         return self._groups["model"]
 
+    @property
+    def world(self) -> Group:
+        """All ranks of the job."""
+        return self._groups["world"]
+
+    def wait_for_at_most(self, timeout: timedelta) -> None:
+        """Let collectives from now on wait that long for a rank.
+
+        Starting takes some ranks longer than others; in a step they should be close together, and a
+        rank that stays away is noticed soon.
+        """
+        for group in self._groups.values():
+            if group.handle is not None:
+                distributed_c10d._set_pg_timeout(timeout, group.handle)
+
     def device_mesh(self, device_type: str) -> DeviceMesh:
         """The same groups as PyTorch's :class:`DeviceMesh`, for FSDP2 and pipelining.
 
@@ -224,7 +244,7 @@ def connect(
     """Join the job.
 
     Args:
-        backend: ``nccl`` or ``gloo``.
+        backend: ``nccl``, ``gloo``, or ``cpu:gloo,cuda:nccl`` for both, by the tensors' device.
         rank: Number of this process.
         world_size: Number of processes.
         address: Where they meet: ``tcp://host:port``, ``file:///path`` or ``env://``.
@@ -290,13 +310,15 @@ def check_model(
             f"model.seq_len {model.seq_len} cannot be cut into {pieces} (cp {sizes.cp}"
             f"{f' x tp {tp}' if sizes.sequence else ''}): choose a multiple"
         )
+    check_context(sizes.cp, model.seq_len, recipe)
+    if model.dropout and tp * sizes.cp > 1:
+        axis = "tp" if tp > 1 else "cp"
+        raise UnsupportedError(
+            f"model.dropout {model.dropout} under {axis} {getattr(sizes, axis)} would drop other "
+            f"elements than one rank does: set model.dropout to 0 or {axis} to 1"
+        )
     if tp == 1:
         return
-    if model.dropout:
-        raise UnsupportedError(
-            f"model.dropout {model.dropout} under tp {tp} would drop other elements than one rank "
-            "does: set model.dropout to 0 or tp to 1"
-        )
     keys = model.num_kv_heads * model.head_dim
     cuts: tuple[tuple[Gemm, tuple[int, ...], str], ...] = (
         ("dgrad", (model.hidden, keys, keys), "attention.qkv"),

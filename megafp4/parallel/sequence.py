@@ -170,22 +170,31 @@ class SplitRMSNorm(nn.Module):
         return (wide * torch.rsqrt(squares / self.width + self.eps) * self.weight).to(x.dtype)
 
 
+def partial_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters whose gradients sequence parallelism leaves partial.
+
+    These are norms and row biases: each rank has summed over its own tokens. A module says which of
+    its parameters these are with an attribute ``partial_gradients``.
+    """
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "partial_gradients", ())
+    ]
+
+
 def sum_partial_gradients(model: nn.Module, group: Group) -> None:
     """Sum the gradients that sequence parallelism leaves partial: those of norms and row biases.
 
-    Call it once a step, after the last micro-batch and before clipping. A module says which of its
-    parameters these are with an attribute ``partial_gradients``.
+    Call it once a step, after the last micro-batch and before clipping, where no optimizer of
+    :mod:`megafp4.optim.zero` does so (its argument ``partial``).
 
     Args:
         model: Built by :class:`~megafp4.parallel.factory.ParallelFactory`.
         group: The tensor-parallel ranks.
     """
-    found = []
-    for module in model.modules():
-        for name in getattr(module, "partial_gradients", ()):
-            gradient = getattr(module, name).grad
-            if gradient is not None:
-                found.append(gradient)
+    gradients = (model.get_parameter(name).grad for name in partial_parameters(model))
+    found = [gradient for gradient in gradients if gradient is not None]
     if group.size == 1 or not found:
         return
     flat = group.all_reduce(torch.cat([one.float().flatten() for one in found]), "norm gradients")

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from megafp4.errors import CheckpointError
-from megafp4.parallel.blocks import E4M3_MAX, scale_bytes, scales_of
+from megafp4.parallel.blocks import (
+    E4M3_MAX,
+    cast_shared,
+    decode_shared,
+    largest_magnitude,
+    scale_bytes,
+    scales_of,
+)
 from megafp4.parallel.collectives import Group
 from megafp4.parallel.reduce import check_shards, exchange
 
@@ -55,17 +62,13 @@ class SharedScaleReducer:
         if what not in self._mu:
             self._mu[what] = torch.full((), self.size**-0.5, device=x.device)
         mu = self._mu[what]
-        byte = scale_bytes(self.group.largest(x.abs().amax().float()[None]))
-        scale = scales_of(byte)
+        scale = scales_of(scale_bytes(self.group.largest(largest_magnitude(x))))
         # Where a rank's gradients are not finite the scale is NaN and so is every sum.
-        scaled = (x * (mu / scale)).nan_to_num_(0.0)
-        codes = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        total = self._sum(codes, what).float()
-        saturated = self.group.sum((total.abs() == E4M3_MAX).sum()[None]) / x.numel()
+        total = self._sum(cast_shared(x.view(-1), mu / scale), what)
+        count = decode_shared(total, scale / mu * factor, out, accumulate)
+        saturated = self.group.sum(count[None]) / x.numel()
         grown = (mu * GROWTH).clamp(max=1.0)
         self._mu[what] = torch.where(saturated > MAX_SATURATED, mu / 2, grown).view(())
-        total *= scale / mu * factor
-        out.copy_(out + total if accumulate else total)
 
     def state_dict(self) -> dict[str, Tensor]:
         """mu of every bucket, FP32 0-dim, the same on all ranks."""

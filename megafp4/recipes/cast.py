@@ -184,7 +184,7 @@ def split_outliers(
 
 def _features(part: Slice | None) -> Peers | None:
     """Who holds other features of the same tokens."""
-    return part.peers if part is not None and part.dim == 1 else None
+    return None if part is None else next(iter(part.peers_along((1,))), None)
 
 
 def with_codes_of(

@@ -15,6 +15,7 @@ from torch import Tensor
 from megafp4.config import DataConfig, ModelConfig, TrainConfig
 from megafp4.data.loader import BatchSource, build_datasets
 from megafp4.errors import DataError
+from megafp4.parallel.collectives import Group
 
 MicroBatch = tuple[Tensor, Tensor]
 """Tokens and targets, int64 [micro-batch, sequence]; targets that hold -1 are ignored."""
@@ -28,6 +29,8 @@ class Batches:
         model: Sequence length and vocabulary.
         train: Sizes of batches, number of steps, seed.
         device: Where the batches go.
+        dp: Ranks that share the micro-batches: rank r takes numbers r, r + ranks, ... of each step
+            and of the validation data. None for one rank that takes them all.
 
     Raises:
         ConfigError: Unknown tokenizer.
@@ -35,8 +38,15 @@ class Batches:
     """
 
     def __init__(
-        self, data: DataConfig, model: ModelConfig, train: TrainConfig, device: torch.device
+        self,
+        data: DataConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        device: torch.device,
+        dp: Group | None = None,
     ) -> None:
+        dp = Group("dp") if dp is None else dp
+        self._first, self._stride = dp.rank, dp.size
         self.tokens_per_step = train.global_batch * model.seq_len
         self._order = train
         self._vocab_size = model.vocab_size
@@ -52,16 +62,12 @@ class Batches:
         )
 
     def training(self, step: int) -> list[MicroBatch]:
-        """Micro-batches of optimizer step ``step``, counted from 0."""
+        """This rank's micro-batches of optimizer step ``step``, counted from 0."""
         if self._next is not None and self._next[0] == step:
             found, self._next = self._next[1], None
             return found
-        order = self._order
-        first, count = step * order.global_batch, order.global_batch
-        return [
-            self._read(self._train, consumed)
-            for consumed in range(first, first + count, order.micro_batch)
-        ]
+        numbers = range(self._first, self._order.micro_batches, self._stride)
+        return [self._training(step, number) for number in numbers]
 
     def prefetch(self, step: int) -> None:
         """Read a training batch now, while a GPU is busy; does nothing where there is none to hide.
@@ -73,22 +79,34 @@ class Batches:
             self._next = step, self.training(step)
 
     def validation(self) -> Iterator[MicroBatch]:
-        """The fixed validation batches, read one by one; none if the run does not evaluate."""
-        if self._valid is not None:
-            for index in range(self._order.eval_batches):
-                yield self._read(self._valid, index * self._order.micro_batch)
+        """This rank's fixed validation batches, one by one; none if the run does not evaluate."""
+        for index in range(self._first, self._order.eval_batches, self._stride):
+            yield from self._validation(index)
 
     def fingerprint(self) -> str:
-        """Digest of the first and the last training batch and of one validation batch.
+        """Digest of the first and the last training batch and of one validation batch, all ranks'.
 
         A run that is continued on other token files would end anywhere; this tells them apart.
         """
-        batches = [*self.training(0), *self.training(self._order.steps - 1)]
-        batches += [batch for batch, _ in zip(self.validation(), range(1), strict=False)]
+        numbers = range(self._order.micro_batches)
+        steps = (0, self._order.steps - 1)
+        batches = [self._training(step, number) for step in steps for number in numbers]
+        batches += self._validation(0) if self._order.eval_batches else []
         digest = hashlib.sha256()
         for tokens, targets in batches:
             digest.update(tokens.cpu().numpy().tobytes() + targets.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def _training(self, step: int, number: int) -> MicroBatch:
+        """Micro-batch ``number`` of a step, whoever takes it."""
+        order = self._order
+        return self._read(self._train, step * order.global_batch + number * order.micro_batch)
+
+    def _validation(self, number: int) -> list[MicroBatch]:
+        """Validation batch ``number`` alone, or nothing if the run does not evaluate."""
+        if self._valid is None:
+            return []
+        return [self._read(self._valid, number * self._order.micro_batch)]
 
     def _read(self, source: BatchSource, consumed: int) -> MicroBatch:
         tokens, targets = source.batch(consumed, self._order.micro_batch)

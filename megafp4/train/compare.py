@@ -25,8 +25,8 @@ from megafp4 import report, settings
 from megafp4.config import RunConfig
 from megafp4.errors import ConfigError
 from megafp4.recipes import get_recipe
-from megafp4.train.build import check_folder
 from megafp4.train.compare_display import open_display
+from megafp4.train.folder import check_folder
 from megafp4.train.summary import SUMMARY
 
 if TYPE_CHECKING:

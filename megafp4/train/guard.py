@@ -81,7 +81,11 @@ class LossGuard:
 
 
 def check_finite_loss(
-    step: int, loss: float, model: nn.Module, batches: Iterable[MicroBatch], what: str = "loss"
+    step: int,
+    loss: float,
+    model: nn.Module,
+    batches: Iterable[MicroBatch] | None,
+    what: str = "loss",
 ) -> None:
     """End the run if a loss is NaN or infinite.
 
@@ -89,7 +93,8 @@ def check_finite_loss(
         step: Number of the step, counted from 1 as in the metrics.
         loss: The loss.
         model: Run once more on ``batches``, only in case of failure, to find the culprit.
-        batches: What the loss was computed on.
+        batches: What the loss was computed on; None, of several ranks that each have some, does not
+            look for the culprit.
         what: Name of the loss in the message.
 
     Raises:
@@ -97,13 +102,15 @@ def check_finite_loss(
     """
     if math.isfinite(loss):
         return
+    if batches is None:
+        raise DivergenceError(f"the {what} at step {step} is {loss}: {ADVICE}")
     bad = [name for name, finite in _watch(model, batches) if not finite and name]
     where = f"first in the output of {bad[0]}" if bad else "in the loss itself"
     raise DivergenceError(f"the {what} at step {step} is {loss}, {where}: {ADVICE}")
 
 
 def check_finite_gradients(
-    step: int, norm: float, model: nn.Module, batches: Iterable[MicroBatch]
+    step: int, norm: float, model: nn.Module, batches: Iterable[MicroBatch] | None
 ) -> None:
     """End the run if the gradient norm is NaN or infinite.
 
@@ -111,13 +118,15 @@ def check_finite_gradients(
         step: Number of the step, counted from 1 as in the metrics.
         norm: Its global gradient norm.
         model: Holds the gradients; run once more, only in case of failure, to find the culprit.
-        batches: The batches of the step.
+        batches: The batches of the step; None as for :func:`check_finite_loss`.
 
     Raises:
         DivergenceError: Naming the step and the parameter where backward first went wrong.
     """
     if math.isfinite(norm):
         return
+    if batches is None:
+        raise DivergenceError(f"the gradient norm at step {step} is {norm}: {ADVICE}")
     bad = {
         name.rpartition(".")[0]: name
         for name, parameter in model.named_parameters()

@@ -108,6 +108,8 @@ def report_activations(run: Run, step: int) -> None:
     for kind, count in counts.items():
         per_block = f"{count / blocks / 1e6:>9,.2f} MB per block"
         run.metrics.screen.say(f"  {kind:<26}{count / 1e6:>12,.2f} MB  {per_block}")
+    if not run.writes:
+        return
     text = json.dumps({"tokens": tokens.numel(), "blocks": blocks, "bytes": counts}, indent=2)
     (run.folder / MEMORY).write_text(text + "\n", encoding="utf-8")
 

@@ -47,7 +47,9 @@ class Workload:
     flops_per_token_full: float
     """The same with the full attention square."""
     peak_flops: float | None
-    """Dense BF16 FLOP/s of the device, or None where it is not known (any CPU)."""
+    """Dense BF16 FLOP/s of all devices, or None where it is not known (any CPU)."""
+    ranks: int = 1
+    """Processes that share the work, with a device each."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -263,7 +265,8 @@ class Metrics:
         tokens_per_s = self.clock.steps_per_s() * self._work.tokens_per_step
         flops = tokens_per_s * self._work.flops_per_token_half
         flops_full = tokens_per_s * self._work.flops_per_token_full
-        peak = self._work.peak_flops
+        peak, ranks = self._work.peak_flops, self._work.ranks
+        each = {"tokens_per_s_per_rank": tokens_per_s / ranks} if ranks > 1 else {}
         self._write(
             {
                 "kind": "train",
@@ -273,6 +276,7 @@ class Metrics:
                 "lr": lr,
                 "tokens": done * self._work.tokens_per_step,
                 "tokens_per_s": tokens_per_s,
+                **each,
                 "tflops": flops / 1e12,
                 "tflops_full": flops_full / 1e12,
                 "mfu_half": flops / peak if peak else None,
@@ -317,3 +321,20 @@ class Metrics:
         for key, value in row.items():
             if key not in ("kind", "step") and value is not None:
                 self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+
+
+class MutedMetrics(Metrics):
+    """Takes the numbers of a rank that writes none."""
+
+    def open(self, done: int) -> None:
+        """Write nothing."""
+
+    def statistics(self, rows: list[Row]) -> None:
+        """Record nothing; counts what all ranks count together."""
+        self._raised()
+
+    def close(self) -> None:
+        """Close nothing."""
+
+    def _write(self, row: Row) -> None:
+        pass

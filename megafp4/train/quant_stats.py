@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from megafp4.backends import Backend
 from megafp4.linear import Linear
 from megafp4.numerics import Key, QTensor, operand_statistics
 from megafp4.optim import Optimizer
+from megafp4.parallel.collectives import Group
 from megafp4.recipes import GEMMS
+from megafp4.train.parallel import Sharded, gather_objects
 
 OperandName = tuple[str, str, str]
 """Layer, GEMM and operand (``a`` or ``b``)."""
@@ -41,23 +44,27 @@ class Collector:
         ]
 
 
-def raised_blocks(model: nn.Module, backend: Backend) -> dict[OperandName, int]:
-    """Blocks so far whose scale the backend raised, of each operand that can have any.
+def raised_blocks(model: nn.Module, backend: Backend, world: Group) -> dict[OperandName, int]:
+    """Blocks so far whose scale the backend raised on any rank, of each operand that can have any.
 
-    Waits for the device.
+    Waits for the device. All ranks must call it.
     """
     counts = backend.raised_blocks()
     linears = [one.op for one in model.modules() if isinstance(one, Linear)] if counts else []
-    return {
+    own = {
         (op.name, gemm, side): counts[stream]
         for op in linears
         for gemm in GEMMS
         for side in ("a", "b")
         if (stream := Key(0, 0, op.layer, gemm, side).stream) in counts
     }
+    total: Counter[OperandName] = Counter()
+    for counted in gather_objects(world, own):
+        total.update(counted)
+    return dict(total)
 
 
-def grid_rates(optimizer: Optimizer) -> dict[str, float]:
+def grid_rates(optimizer: Optimizer | Sharded) -> dict[str, float]:
     """How weights on a grid (DQT) moved in the last step; empty if there are none.
 
     Returns:

@@ -4,19 +4,35 @@ Tensors: the model's as they are stored (grid codes for DQT), the optimizer's mo
 the generators that dropout draws from, and what the backend carries from call to call. JSON: how
 far the run is, the guard's running mean, the precision ledger, the clock. Data needs nothing:
 batches follow from the step.
+
+Several ranks save what each holds, and any number of ranks goes on from it: tensors are found by
+their place in the whole model, whatever mesh had them. Only scales of optimizer state that belong
+to a tp rank's part stay that rank's: such a run keeps its tp.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megafp4 import checkpoint
 from megafp4.backends.ledger import Ledger
+from megafp4.checkpoint import Parts
 from megafp4.checkpoint.layout import complete_steps
 from megafp4.errors import CheckpointError
+from megafp4.optim import Optimizer
+from megafp4.optim.deepspeed import DeepSpeedOptimizer
+from megafp4.optim.zero import ZeroOptimizer
+from megafp4.optim.zero3 import Zero3Optimizer
+from megafp4.parallel.mesh import MeshSizes
+from megafp4.train.parallel import TIED, first_then_others, gather_objects
+from megafp4.train.parts import expected_names, model_parts, optimizer_parts
 
 if TYPE_CHECKING:
     from megafp4.train.build import Run
@@ -41,29 +57,67 @@ class Progress:
 
 
 def save(run: Run, progress: Progress) -> None:
-    """Write a checkpoint of the run as it is after ``progress.done`` steps."""
+    """Write a checkpoint of the run as it is after ``progress.done`` steps; all ranks must call.
+
+    Raises:
+        CheckpointError: A rank could not write.
+    """
+    folder, keep = run.folder / "checkpoints", run.train.keep_checkpoints
     carried = run.backend.state_dict(run.device)
-    losses = {"train_loss": progress.train_loss, "valid_loss": progress.valid_loss}
-    checkpoint.save(
-        run.folder / "checkpoints",
-        progress.done,
-        {
-            "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "rng": checkpoint.capture_rng(run.device),
-            **({_BACKEND: carried} if carried else {}),
-        },
-        {
-            **losses,
-            "guard": run.guard.state_dict(),
-            "ledger": run.precision.ledger.to_json(),
-            "clock": run.clock.state_dict(),
-            "threads": torch.get_num_threads(),
-            "data": run.data.fingerprint(),
-        },
-        keep=run.train.keep_checkpoints,
-    )
+    rng = checkpoint.capture_rng(run.device)
+    meta = _meta(run, progress)
+    if isinstance(run.optimizer, ZeroOptimizer):
+        share = partial(gather_objects, run.mesh.world)
+        groups = {
+            **_parts(run, run.optimizer, writing=True),
+            # Generators do not matter to several ranks, which refuse dropout; to one they do.
+            "rng": {name: _first_rank(run, tensor) for name, tensor in rng.items()},
+            f"{_BACKEND}-{run.mesh.rank}": {n: Parts.whole(t) for n, t in carried.items()},
+        }
+        checkpoint.save_sharded(folder, progress.done, groups, meta, run.mesh.rank, share, keep)
+    else:
+        tensors = {"model": _weights(run), "optimizer": run.optimizer.state_dict(), "rng": rng}
+        if carried:
+            tensors[_BACKEND] = carried
+        write = partial(checkpoint.save, folder, progress.done, tensors, meta, keep)
+        first_then_others(run.mesh, lambda: write() if run.writes else None)
     progress.saved = progress.done
+
+
+def _meta(run: Run, progress: Progress) -> dict[str, Any]:
+    return {
+        "train_loss": progress.train_loss,
+        "valid_loss": progress.valid_loss,
+        "guard": run.guard.state_dict(),
+        "ledger": run.precision.ledger.to_json(),
+        "clock": run.clock.state_dict(),
+        "threads": torch.get_num_threads(),
+        "data": run.data.fingerprint(),
+        "mesh": str(run.mesh.sizes),
+    }
+
+
+def _weights(run: Run) -> dict[str, Tensor]:
+    """The whole model's state dict."""
+    if isinstance(run.optimizer, Optimizer | ZeroOptimizer):
+        return run.model.state_dict()
+    return run.optimizer.weights()
+
+
+def _parts(run: Run, optimizer: ZeroOptimizer, *, writing: bool) -> dict[str, dict[str, Parts]]:
+    """What this rank holds, or, ``writing``, what it is to write, of model and optimizer."""
+    mesh = run.mesh
+    # The table that two stages hold is written by the first.
+    skip = frozenset({TIED} if mesh.pp.rank > 0 else ())
+    owned = optimizer.owned_states()
+    return {
+        "model": model_parts(run.model, mesh.tp, mesh.replicas, writing=writing, skip=skip),
+        "optimizer": optimizer_parts(owned, run.model, mesh.tp, writing=writing, skip=skip),
+    }
+
+
+def _first_rank(run: Run, tensor: Tensor) -> Parts:
+    return Parts.whole(tensor) if run.writes else Parts.none(tensor.shape, tensor.dtype)
 
 
 def restore(run: Run) -> Progress:
@@ -78,28 +132,118 @@ def restore(run: Run) -> Progress:
         # A folder of pickles is not "no checkpoint": starting over would hide that it was ignored.
         checkpoint.refuse_pickles(folder)
         return Progress()
-    saved = checkpoint.load(folder)
-    model = run.model.state_dict()
-    checkpoint.check_compatible(
-        checkpoint.signature(model), checkpoint.signature(saved.tensors["model"])
-    )
-    if saved.meta["data"] != run.data.fingerprint():
-        raise CheckpointError(
-            f"{saved.path} was trained on other tokens than data.train and data.valid hold now: "
-            "restore the token files, or choose another --out"
+    path = checkpoint.find(folder)
+    if isinstance(run.optimizer, ZeroOptimizer) and checkpoint.is_sharded(path):
+        step, meta = _restore_parts(run, run.optimizer, path)
+    else:
+        step, meta = _restore_whole(run, folder)
+    run.guard.load_state_dict(meta["guard"])
+    run.clock.load_state_dict(meta["clock"])
+    run.precision.ledger = Ledger.from_json(meta["ledger"])
+    mesh = meta.get("mesh", str(MeshSizes()))
+    if mesh != str(run.mesh.sizes):
+        run.metrics.screen.say(
+            f"saved on {mesh}, continuing on {run.mesh.sizes}: sums run in another order"
         )
-    run.model.load_state_dict(saved.tensors["model"])
-    run.optimizer.load_state_dict(saved.tensors["optimizer"])
+    if meta["threads"] != torch.get_num_threads():
+        run.metrics.screen.say(
+            f"saved by a process with {meta['threads']} threads, continuing with "
+            f"{torch.get_num_threads()}: sums run in another order, so set OMP_NUM_THREADS="
+            f"{meta['threads']} if the result must be the same bit for bit"
+        )
+    return Progress(step, meta["train_loss"], meta["valid_loss"], saved=step)
+
+
+def _restore_parts(run: Run, optimizer: ZeroOptimizer, path: Path) -> tuple[int, dict[str, Any]]:
+    """Read what this rank holds of a checkpoint that several ranks saved."""
+    reader = checkpoint.ShardedReader(path)
+    reader.check(run.mesh.rank, partial(gather_objects, run.mesh.world))
+    _check_data(run, path, reader.meta)
+    parts = _parts(run, optimizer, writing=False)
+    model = reader.shapes("model")
+    if run.mesh.pp.size > 1:  # it holds other stages' tensors as well
+        model = {name: entry for name, entry in model.items() if name in parts["model"]}
+    checkpoint.check_compatible(expected_names(parts["model"]), model)
+    _check_states(run, parts["optimizer"], reader.shapes("optimizer"))
+    for name, part in parts["model"].items():
+        reader.fill("model", name, part)
+    for name, part in parts["optimizer"].items():
+        reader.fill("optimizer", name, part)
+    optimizer.weights_loaded()
+    own_group = f"{_BACKEND}-{run.mesh.rank}"
+    if reader.meta["mesh"] == str(run.mesh.sizes) and own_group in reader.groups():
+        run.backend.load_state_dict(reader.whole(own_group), run.device)
+    return reader.step, reader.meta
+
+
+def _restore_whole(run: Run, folder: Path) -> tuple[int, dict[str, Any]]:
+    """Read the whole of a checkpoint and keep this rank's part."""
+    saved = checkpoint.load(folder)
+    _check_data(run, saved.path, saved.meta)
+    model, optimizer = saved.tensors["model"], saved.tensors["optimizer"]
+    if isinstance(run.optimizer, Zero3Optimizer):
+        run.optimizer.load_weights(model)
+        run.optimizer.load_state_dict(optimizer)
+    elif isinstance(run.optimizer, DeepSpeedOptimizer):
+        run.optimizer.load_weights(model)
+        run.optimizer.load_state_dict(optimizer, saved.step)
+    else:
+        _load_whole(run, run.optimizer, model, optimizer)
     checkpoint.restore_rng(saved.tensors["rng"], run.device)
     run.backend.load_state_dict(saved.tensors.get(_BACKEND, {}), run.device)
-    run.guard.load_state_dict(saved.meta["guard"])
-    run.clock.load_state_dict(saved.meta["clock"])
-    run.precision.ledger = Ledger.from_json(saved.meta["ledger"])
-    if saved.meta["threads"] != torch.get_num_threads():
-        run.metrics.screen.say(
-            f"saved by a process with {saved.meta['threads']} threads, continuing with "
-            f"{torch.get_num_threads()}: sums run in another order, so set OMP_NUM_THREADS="
-            f"{saved.meta['threads']} if the result must be the same bit for bit"
+    return saved.step, saved.meta
+
+
+def _load_whole(
+    run: Run,
+    optimizer: Optimizer | ZeroOptimizer,
+    model: Mapping[str, Tensor],
+    states: Mapping[str, Tensor],
+) -> None:
+    found = checkpoint.signature(model)
+    if isinstance(optimizer, Optimizer):
+        if any("@tp" in name for name in states):
+            _check_states(run, optimizer.state_dict(), states)
+        checkpoint.check_compatible(checkpoint.signature(run.model.state_dict()), found)
+        run.model.load_state_dict(model)
+        optimizer.load_state_dict(states)
+        return
+    parts = _parts(run, optimizer, writing=False)
+    _check_states(run, parts["optimizer"], states)
+    if run.mesh.pp.size > 1:
+        found = {name: entry for name, entry in found.items() if name in parts["model"]}
+    checkpoint.check_compatible(expected_names(parts["model"]), found)
+    for name, part in parts["model"].items():
+        for box, memory in part.held:
+            memory.copy_(box.of(model[name]))
+    for name, part in parts["optimizer"].items():
+        for box, memory in part.held:
+            memory.copy_(box.of(states[name]))
+    optimizer.weights_loaded()
+
+
+def _check_states(run: Run, wanted: Iterable[str], saved: Iterable[str]) -> None:
+    """Refuse optimizer state that this run cannot find its own in."""
+    names = set(saved)
+    missing = sorted(name for name in wanted if name not in names)
+    if not missing:
+        return
+    base = missing[0].partition("@tp")[0]
+    marked = [name for name in names if name.startswith(f"{base}@tp")]
+    if marked:
+        raise CheckpointError(
+            f"{base!r} of the saved optimizer has scales of tp {marked[0].rpartition('of')[2]} and "
+            f"this run has tp {run.mesh.tp.size}: continue with the tp that saved it"
         )
-    losses = saved.meta["train_loss"], saved.meta["valid_loss"]
-    return Progress(saved.step, *losses, saved=saved.step)
+    raise CheckpointError(
+        f"the saved optimizer lacks {base!r} ({len(missing)} names): load the optimizer of the "
+        "same model, recipe and optim.states, and with the tp that saved it"
+    )
+
+
+def _check_data(run: Run, path: Path, meta: Mapping[str, Any]) -> None:
+    if meta["data"] != run.data.fingerprint():
+        raise CheckpointError(
+            f"{path} was trained on other tokens than data.train and data.valid hold now: "
+            "restore the token files, or choose another --out"
+        )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from megafp4 import __version__
-from megafp4.optim import memory_report
+from megafp4.backends.ledger import Ledger
+from megafp4.optim import Optimizer, memory_report
+from megafp4.optim.zero3 import Zero3Optimizer
+from megafp4.train.parallel import gather_objects
 
 if TYPE_CHECKING:
     from megafp4.train.build import Run
@@ -20,8 +23,18 @@ SUMMARY = "summary.json"
 
 
 def write_summary(run: Run, progress: Progress) -> None:
-    """Write the precision ledger and the summary of a run that took its last step."""
-    ledger = run.precision.ledger
+    """Write the precision ledger and the summary of a run that took its last step.
+
+    All ranks call it and the first one writes: its pipeline's ledger, its memory, and what all have
+    counted.
+    """
+    counted = torch.tensor([sum(run.backend.raised_blocks().values())])
+    raised = int(run.mesh.world.all_reduce(counted, "raised blocks"))
+    ledger = Ledger()
+    for stage in gather_objects(run.mesh.pp, run.precision.ledger.to_json()):
+        ledger.merge(Ledger.from_json(stage))
+    if not run.writes:
+        return
     _write(run.folder / "ledger.json", ledger.to_json())
     steps_per_s = run.clock.mean_steps_per_s()
     tokens_per_s = None if steps_per_s is None else steps_per_s * run.data.tokens_per_step
@@ -29,20 +42,32 @@ def write_summary(run: Run, progress: Progress) -> None:
         "name": run.name,
         "recipe": run.recipe_name,
         "steps": progress.done,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "parameters": run.parameters,
         "valid_loss": progress.valid_loss,
         "train_loss": progress.train_loss,
-        "bytes_per_parameter": memory_report(run.model.named_parameters(), run.optimizer),
+        "bytes_per_parameter": _bytes_per_parameter(run),
         "ledger": ledger.by_gemm(),
-        "raised_blocks": sum(run.backend.raised_blocks().values()),
+        "raised_blocks": raised,
         "spikes": run.guard.spikes,
         "wall_s": run.clock.wall_s,
         "tokens_per_s": tokens_per_s,
+        "mesh": str(run.mesh.sizes),
+        "ranks": run.mesh.world.size,
         "torch": torch.__version__,
         "megafp4": __version__,
         "threads": torch.get_num_threads(),
     }
     _write(run.folder / SUMMARY, json.dumps(summary, indent=2))
+
+
+def _bytes_per_parameter(run: Run) -> dict[str, float]:
+    """Bytes that this rank keeps between steps, per parameter of its part of the model."""
+    if not isinstance(run.optimizer, Zero3Optimizer):
+        # Which is only asked for its bytes.
+        return memory_report(run.model.named_parameters(), cast(Optimizer, run.optimizer))
+    weights, states = run.optimizer.weight_bytes(), run.optimizer.state_bytes()
+    parts = {"weights": weights, "optimizer": states, "total": weights + states}
+    return {name: count / run.parameters for name, count in parts.items()}
 
 
 def _write(path: Path, text: str) -> None:

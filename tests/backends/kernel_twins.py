@@ -8,12 +8,15 @@ from torch import Tensor
 
 from megafp4.numerics import (
     Key,
+    Origin,
     QTensor,
+    Scaling,
     amax,
     clamp_outliers,
     dge_multiplier,
     encode,
     fold_outliers,
+    get_format,
     hadamard,
     hadamard_signs,
     quantize,
@@ -23,19 +26,41 @@ from megafp4.numerics.fold import fold
 from megafp4.numerics.qtensor import unpack as unpack_codes
 
 from megafp4_kernels import amax as amax_kernels  # isort: skip
-from megafp4_kernels import casts, gemm, gemm_int8, lines, mxfp4, nvfp4, outliers, recast  # isort: skip
+from megafp4_kernels import (
+    casts,
+    gemm,
+    gemm_int8,
+    lines,
+    mxfp4,
+    nvfp4,
+    nvfp4_amax,
+    outliers,
+    recast,
+)  # isort: skip
 
 
 def key_of(stream: int, position: Tensor, step: int = -1) -> Key:
     """Undo Key.stream."""
-    seed, now, _ = position.tolist()
+    seed, now, *_ = position.tolist()
     layer, rest = stream >> 8, stream & 0xFF
     return Key(seed % (1 << 64), now if step < 0 else step, layer, rest >> 4, rest & 15)
 
 
-def origin_of(offset: str, position: Tensor) -> tuple[int, int]:
-    first = int(position[2])
-    return (first if offset == "line" else 0, first if offset == "k" else 0)
+def origin_of(
+    x: Tensor, axis: int, position: Tensor, row_runs: Tensor | None, col_runs: Tensor | None
+) -> Origin:
+    """Undo Positions.of."""
+    found = []
+    for dim, runs in enumerate((row_runs, col_runs)):
+        first, count = int(position[2 + dim]), x.shape[dim]
+        if runs is None:
+            found.append(first)
+            continue
+        assert runs.dtype == torch.int32
+        assert len(runs) == 8 * -(-count // 128)
+        assert count % 16 == 0
+        found.append(tuple((first + 16 * one, 16) for one in runs[: count // 16].tolist()))
+    return (found[0], found[1]) if axis == 1 else (found[1], found[0])
 
 
 OCTAVES = 15
@@ -46,7 +71,9 @@ class Calls(list[str]):
     """Names of the kernels that ran, in order."""
 
 
-def _mxfp4(x: Tensor, position: Tensor, plan: mxfp4.Plan) -> mxfp4.Folded | mxfp4.Packed:
+def _mxfp4(
+    x: Tensor, position: Tensor, plan: mxfp4.Plan, origin: Origin
+) -> mxfp4.Folded | mxfp4.Packed:
     """Quantize lines x K."""
     if plan.hadamard:
         signs = hadamard_signs(
@@ -60,7 +87,7 @@ def _mxfp4(x: Tensor, position: Tensor, plan: mxfp4.Plan) -> mxfp4.Folded | mxfp
         plan.rounding,  # type: ignore[arg-type]
         key_of(plan.stream, position),
         prescale=plan.prescale,
-        origin=origin_of(plan.offset, position),
+        origin=origin,
     )
     if plan.output == "packed":
         return mxfp4.Packed(q.pack(), q.scales)
@@ -85,6 +112,15 @@ def _windowed(q: QTensor, window: Tensor | None) -> mxfp4.Folded:
     value = torch.where(raised.repeat_interleave(mxfp4.BLOCK, 1), coarse, value)
     data = torch.ldexp(value, torch.tensor(-base)).to(torch.float8_e5m2)
     return mxfp4.Folded(data, torch.tensor([2.0**base]))
+
+
+def _amax(x: Tensor, axis: int | None) -> Tensor:
+    scaling = "tensor" if axis is None else "vector"
+    return amax(x, "fp8-e4m3", 1 if axis is None else axis, scaling).reshape(-1)
+
+
+def _line_peaks(data: Tensor, scale: Tensor) -> Tensor:
+    return data.float().abs().amax(1) * scale
 
 
 def _scale_of(largest: Tensor, fmt: str) -> Tensor:
@@ -112,7 +148,18 @@ class Twins:
     def __init__(self) -> None:
         self.calls = Calls()
 
-    def quantize(self, x, position, row, col, *, col_from_e4m3=None, col_sums=None):  # type: ignore[no-untyped-def]
+    def quantize(
+        self,
+        x,
+        position,
+        row,
+        col,
+        *,
+        row_runs=None,
+        col_runs=None,
+        col_from_e4m3=None,
+        col_sums=None,
+    ):  # type: ignore[no-untyped-def]
         self.calls.append("mxfp4.both" if row and col else "mxfp4.row" if row else "mxfp4.col")
         if col_sums is not None:
             assert x.dtype == torch.bfloat16
@@ -125,12 +172,13 @@ class Twins:
             q = encode(x, "fp8-e4m3", row.scale.view(1, 1), scaling="tensor")
             first = mxfp4.Folded(_as_operand(q), row.scale)
         elif row is not None:
-            first = _mxfp4(x, position, row)
+            first = _mxfp4(x, position, row, origin_of(x, 1, position, row_runs, col_runs))
         if col is not None:
+            origin = origin_of(x, 0, position, row_runs, col_runs)
             if col_from_e4m3 is not None:
                 of = col_from_e4m3.view(1, 1)
                 x = encode(x, "fp8-e4m3", of, scaling="tensor").dequantize()
-            second = _mxfp4(x.t().contiguous(), position, col)
+            second = _mxfp4(x.t().contiguous(), position, col, origin)
         return first, second
 
     def unpack(self, packed, window=None):  # type: ignore[no-untyped-def]
@@ -144,6 +192,7 @@ class Twins:
     def cast(self, x, fmt, scale, *, row=True, col=False, scale_axis=None, **options):  # type: ignore[no-untyped-def]
         self.calls.append(f"cast.{fmt}")
         position, stream = options.get("position"), options.get("stream", 0)
+        runs = options.get("row_runs"), options.get("col_runs")
         rounding = options.get("rounding", "nearest-even")
         if scale_axis is None:
             scales, scaling = scale.view(1, 1), "tensor"
@@ -160,6 +209,7 @@ class Twins:
             key_of(stream, position) if rounding == "stochastic" else None,
             scaling=scaling,  # type: ignore[arg-type]
             prescale=options.get("prescale", 1.0),
+            origin=origin_of(x, axis, position, *runs) if rounding == "stochastic" else (0, 0),
         )
         data = _as_operand(q)
         return data if row else None, data.t().contiguous() if col else None
@@ -209,11 +259,14 @@ class Twins:
         rounding="nearest-even",
         prescale=1.0,
         position=None,
+        row_runs=None,
+        col_runs=None,
         stream=0,
-        offset="none",
         hadamard=0,
         sign_stream=0,
         sign_step=-1,
+        block_amax=None,
+        largest=None,
         codes=True,
         values=True,
     ):  # type: ignore[no-untyped-def]
@@ -221,21 +274,42 @@ class Twins:
         g = hadamard
         if g:
             x = _hadamard(x, g, axis, key_of(sign_stream, position, sign_step))
-        first = origin_of(offset, position)
-        q = quantize(
+        spec = get_format("nvfp4")
+        scaling: Scaling = "tile" if tile else "block"
+        blocks = amax(x, spec, axis, scaling)
+        if block_amax is not None:
+            assert torch.equal(block_amax, blocks if axis == 1 else blocks.t())
+        scales, tensor_scale = scales_from_amax(
+            blocks, spec, None if largest is None else largest.amax()
+        )
+        q = encode(
             x,
-            "nvfp4",
+            spec,
+            scales,
             axis,
             rounding,
             key_of(stream, position),
-            scaling="tile" if tile else None,
+            scaling=scaling,
+            tensor_scale=tensor_scale,
             prescale=prescale,
-            origin=first,
+            origin=origin_of(x, axis, position, row_runs, col_runs),
         )
         assert q.tensor_scale is not None
+        one = q.tensor_scale.view(1)
+        of_lines = (q.scales if axis == 1 else q.scales.t()).contiguous()
+        if codes:
+            lines = q.codes if axis == 1 else q.codes.t()
+            return nvfp4.NVFP4(lines[:, ::2] | lines[:, 1::2] << 4, of_lines, one, None)
         decoded = q.dequantize() / q.tensor_scale
         lines = decoded if axis == 1 else decoded.t()
-        return nvfp4.NVFP4(None, q.scales, q.tensor_scale.view(1), lines.bfloat16().contiguous())
+        return nvfp4.NVFP4(None, of_lines, one, lines.bfloat16().contiguous())
+
+    def block_magnitudes(self, x, axis=1, *, tile=False, position=None, hadamard=0, **signs):  # type: ignore[no-untyped-def]
+        if hadamard:
+            key = key_of(signs["sign_stream"], position, signs["sign_step"])
+            x = _hadamard(x, hadamard, axis, key)
+        found = amax(x, "nvfp4", axis, "tile" if tile else "block")
+        return (found if axis == 1 else found.t()).contiguous()
 
     def occ(self, x, alpha, *, mode="signed", residual="exact"):  # type: ignore[no-untyped-def]
         self.calls.append(f"occ.{residual}")
@@ -260,7 +334,8 @@ class Twins:
         if x is not None:
             low, high = limits[0][:, None], limits[1][:, None]
             value = value + (x.float() - x.float().clamp(low, high))
-        q = quantize(value, "fp8-e4m3")
+        largest = value.abs().amax() if peak is None else peak.amax()
+        q = encode(value, "fp8-e4m3", scales_from_amax(largest.view(1, 1), "fp8-e4m3")[0])
         codes = _as_operand(q)
         return codes if row else None, codes.t().contiguous() if col else None, q.scales.view(1)
 
@@ -271,6 +346,7 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     for module, name, twin in (
         (mxfp4, "quantize", twins.quantize),
         (mxfp4, "unpack", twins.unpack),
+        (amax_kernels, "amax", _amax),
         (amax_kernels, "scale", _scale),
         (amax_kernels, "scale_of", _scale_of),
         (casts, "cast", twins.cast),
@@ -278,8 +354,10 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         (gemm, "gemm", twins.gemm),
         (gemm_int8, "gemm_int8", twins.int8),
         (nvfp4, "quantize_nvfp4", twins.nvfp4),
+        (nvfp4_amax, "block_magnitudes", twins.block_magnitudes),
         (outliers, "occ", twins.occ),
         (recast, "recast", twins.recast),
+        (recast, "line_peaks", _line_peaks),
     ):
         patch.setattr(module, name, twin)
     return twins.calls

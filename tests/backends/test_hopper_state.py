@@ -119,20 +119,21 @@ def test_positions_are_pinned_for_one_device() -> None:
     spec = get_recipe("mxfp4").dgrad
     request = CastRequest(spec, "a", 1, Key(7, 2, 0, "dgrad", "a"), (32, 0))
     weight = CastRequest(spec, "b", 0, Key(7, 2, 0, "dgrad", "b"))
-    assert positions.of(request, CPU).tolist() == [7, 2, 32]
+    assert positions.of(request, CPU).position.tolist() == [7, 2, 32, 0]
     positions.pin(2**64 - 1, 9, 64, CPU)
-    pinned = positions.of(request, CPU)
-    assert (pinned.tolist(), positions.of(weight, CPU).tolist()) == ([-1, 9, 64], [-1, 9, 0])
+    pinned = positions.of(request, CPU).position
+    assert pinned.tolist() == [-1, 9, 64, 0]
+    assert positions.of(weight, CPU).position.tolist() == [-1, 9, 0, 0]
     other = torch.device("meta")
     assert (positions.pinned(CPU), positions.pinned(other)) == (True, False)
-    assert positions.of(request, other).device == other
+    assert positions.of(request, other).position.device == other
     positions.pin(1, 1, 0, other)
     positions.pin(5, 3, 96, CPU)
-    assert positions.of(request, CPU) is pinned
-    assert pinned.tolist() == [5, 3, 96]
-    assert positions.of(request, other).device == other
+    assert positions.of(request, CPU).position is pinned
+    assert pinned.tolist() == [5, 3, 96, 0]
+    assert positions.of(request, other).position.device == other
     positions.unpin()
-    assert positions.of(request, CPU).tolist() == [7, 2, 32]
+    assert positions.of(request, CPU).position.tolist() == [7, 2, 32, 0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megafp4.numerics.philox import Key
 from megafp4.optim import CODECS, AdamHyper, StepNumbers, codec_step
+from megafp4.optim.quantizers import Draw
 from megafp4.optim.states import State
 from tests.kernels.triton_device import DEVICE, gpu_only
 
@@ -30,6 +31,8 @@ class Twins:
         self.states = [self.codec.adopt(param) for param in self.fused]
         self.amax = torch.zeros(len(shapes), device=DEVICE)
         self.keys = [Key(SEED, 0, index, "update", "a") for index in range(len(shapes))]
+        # As if each were the end of a parameter that ZeRO has cut.
+        self.places = [index * 128 * 1001 for index in range(len(shapes))]
         self.launch = AdamWLaunch(
             form,
             [
@@ -39,6 +42,7 @@ class Twins:
             [key.stream for key in self.keys],
             self.amax,
             list(range(len(shapes))),
+            self.places,
         )
 
     def gradients(self, dtype: torch.dtype) -> list[Tensor]:
@@ -54,12 +58,11 @@ class Twins:
     def step(self, at: int, dtype: torch.dtype, scale: float, weight_decay: float) -> None:
         grads = self.gradients(dtype)
         numbers = StepNumbers.of(AdamHyper(1e-2, (0.9, 0.95), 1e-8, weight_decay), at)
-        for param, grad, state, key in zip(
-            self.exact, grads, self.exact_states, self.keys, strict=True
+        for param, grad, state, key, place in zip(
+            self.exact, grads, self.exact_states, self.keys, self.places, strict=True
         ):
-            codec_step(
-                self.codec, param.detach(), grad, state, numbers, scale, key._replace(step=at)
-            )
+            draw = Draw(key._replace(step=at), place)
+            codec_step(self.codec, param.detach(), grad, state, numbers, scale, draw)
         factor = torch.full((1,), scale, device=DEVICE)
         self.launch.step([grad.to(DEVICE) for grad in grads], numbers, factor, None, SEED, at)
 
@@ -110,14 +113,15 @@ def test_a_flag_on_the_device_leaves_everything_as_it_is(form: str) -> None:
     assert twins.amax.isnan().all()
 
 
-@pytest.mark.parametrize("form", ["fp8lm", "coat"])
+@pytest.mark.parametrize("form", ["fp8lm", "coat", "coat-sr", "eco"])
 def test_huge_and_tiny_gradients_stay_the_specifications(form: str) -> None:
     twins = Twins(form, [(2, 128)])
     numbers = StepNumbers.of(AdamHyper(1e-2, (0.9, 0.95), 1e-8, 0.0), 0)
     grad = torch.logspace(-37, 18, 256).view(2, 128)
     grad[0, ::3] = 0.0
-    codec_step(twins.codec, twins.exact[0].detach(), grad, twins.exact_states[0], numbers)
-    twins.launch.step([grad.to(DEVICE)], numbers)
+    draw = Draw(twins.keys[0])
+    codec_step(twins.codec, twins.exact[0].detach(), grad, twins.exact_states[0], numbers, 1, draw)
+    twins.launch.step([grad.to(DEVICE)], numbers, seed=SEED)
     twins.assert_same()
 
 
@@ -140,6 +144,8 @@ def test_tensors_that_cannot_be_walked_through_are_refused() -> None:
         AdamWLaunch("fp32", [{"weight": param.detach().view(6, 4).t(), **state}], [0])
     with pytest.raises(ValueError, match=r"exp_avg is torch.float32 .* give a contiguous torch.fl"):
         AdamWLaunch("coat", [{"weight": param.detach(), **state}], [0])
+    with pytest.raises(ValueError, match=r"begins at element 64 .* at multiples of 128"):
+        AdamWLaunch("fp32", [{"weight": param.detach(), **state}], [0], places=[64])
     launch = AdamWLaunch("fp32", [{"weight": param.detach(), **state}], [0])
     numbers = StepNumbers.of(AdamHyper(1e-2, (0.9, 0.95), 1e-8, 0.0), 0)
     shifted = torch.zeros(25, device=DEVICE)[1:].view(4, 6)

@@ -5,7 +5,7 @@ import torch
 
 from megafp4 import numerics
 from megafp4.numerics import Key
-from tests.kernels.triton_device import DEVICE, adversarial, gpu_only, position
+from tests.kernels.triton_device import DEVICE, adversarial, gpu_only, position, runs
 
 from megafp4_kernels import casts  # isort: skip
 
@@ -53,8 +53,7 @@ def check(x: torch.Tensor, fmt: str, rounding: str, axis: int | None, prescale: 
             origin = (FIRST_TOKEN, 0) if contraction == 1 else (0, FIRST_TOKEN)
             found = casts.cast(
                 x, fmt, scale, row=contraction == 1, col=contraction == 0, scale_axis=axis,
-                position=position(KEY.seed, KEY.step, FIRST_TOKEN), stream=KEY.stream,
-                offset="line" if contraction == 1 else "k", **options,
+                position=position(KEY.seed, KEY.step, FIRST_TOKEN), stream=KEY.stream, **options,
             )  # fmt: skip
             want = expected(x, fmt, scale, axis, contraction, key=KEY, origin=origin, **options)
             assert found[contraction] is None
@@ -125,7 +124,7 @@ def test_packed(rounding: str) -> None:
 
 def test_first_token_moves_the_draw_alone() -> None:
     x, scale = torch.randn(96, 64).to(DEVICE), torch.ones(1, device=DEVICE)
-    options = {"rounding": "stochastic", "stream": KEY.stream, "offset": "line"}
+    options = {"rounding": "stochastic", "stream": KEY.stream}
     whole = casts.cast(x, "int8", scale, position=position(7, 1, 0), **options)[0]
     part = casts.cast(x[32:], "int8", scale, position=position(7, 1, 32), **options)[0]
     assert torch.equal(part, whole[32:])
@@ -133,9 +132,33 @@ def test_first_token_moves_the_draw_alone() -> None:
     assert not torch.equal(moved, part)
 
 
+@pytest.mark.parametrize("contraction", [0, 1])
+def test_slices_draw_by_their_place_in_the_whole(contraction: int) -> None:
+    whole, scale = torch.randn(96, 160).to(DEVICE), torch.ones(1, device=DEVICE)
+    options = {
+        "row": contraction == 1, "col": contraction == 0, "rounding": "stochastic",
+        "stream": KEY.stream,
+    }  # fmt: skip
+
+    def codes(x: torch.Tensor, first_row: int, first_col: int, **more) -> torch.Tensor:
+        where = position(7, 1, 32 + first_row, first_col)
+        found = casts.cast(x.contiguous(), "int8", scale, position=where, **options, **more)
+        return found[0] if contraction == 1 else found[1].T
+
+    expected = codes(whole, 0, 0)
+    assert torch.equal(codes(whole[48:, 112:], 48, 112), expected[48:, 112:])
+    rows = [*range(16, 48), *range(64, 80)]
+    some = codes(whole[rows], 0, 0, row_runs=runs([16, 32, 64]))
+    assert torch.equal(some, expected[rows])
+    assert not torch.equal(codes(whole[rows], 16, 0), expected[rows])
+    cols = [*range(32), *range(96, 144)]
+    some = codes(whole[:, cols], 0, 0, col_runs=runs([0, 16, 96, 112, 128]))
+    assert torch.equal(some, expected[:, cols])
+
+
 def test_operator_is_well_defined() -> None:
     x, scale = torch.randn(24, 48, device=DEVICE), torch.ones(1, device=DEVICE)
-    draw = (position(1, 2, 0), 3, "none", -1, False)
+    draw = (position(1, 2, 0), runs([0, 32]), None, 3, -1, False)
     operator = torch.ops.megafp4.cast.default
     torch.library.opcheck(operator, (x, "int8", scale, True, True, "nearest-even", 1.0, *draw))
     torch.library.opcheck(operator, (x, "int8", scale, False, True, "stochastic", 1.0, *draw))
@@ -154,7 +177,9 @@ def test_empty() -> None:
         ({"row": False}, "at least one output"),
         ({"col": True, "rounding": "stochastic"}, "stochastic one alone"),
         ({"rounding": "stochastic"}, "give int64"),
-        ({"rounding": "floor"}, "choose a rounding"),
+        ({"rounding": "floor"}, "choose one of nearest-even"),
+        ({"position": position(1, 2, 0)[:3]}, r"position is torch\.int64 \[3\]"),
+        ({"row_runs": runs([0] * 16)}, r"row_runs is torch\.int32 \[16\]"),
         ({"scale_axis": 0}, r"give float32 \[6\]"),
         ({"packed": True}, "pack fp4-vector"),
     ],

@@ -104,3 +104,51 @@ def test_refusals() -> None:
         module.decode_blocks(out[:, :2048], x)
     with pytest.raises(ValueError, match="accumulate into a message"):
         module.sum_rows(out, out[0], accumulate=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "slot"), [(2, 0), (2, 1), (5, 3)])
+def test_cast_to_peers(ranks: int, slot: int, dtype: torch.dtype) -> None:
+    """Row r goes to the memory of rank r, into the sender's slot, and nothing else is written."""
+    count = 4096
+    x = gradients(ranks, count, dtype)
+    wide = torch.cat([x, torch.full_like(x, 7.0)], dim=1)[:, :count]
+    width = blocks.message_bytes(count)
+    memory = [torch.full((ranks, width), 77, dtype=torch.uint8, device=DEVICE) for _ in x]
+    peers = torch.tensor([one.data_ptr() for one in memory], device=DEVICE)
+    module.cast_blocks_to_peers(wide, peers, slot)
+    expected = messages(x)
+    for rank, one in enumerate(memory):
+        assert torch.equal(one[slot], expected[rank])
+        others = [other for other in range(ranks) if other != slot]
+        assert (one[others] == 77).all()
+
+
+def test_peers_must_fit_the_rows() -> None:
+    x = torch.zeros(2, 2048, device=DEVICE)
+    for peers, slot in (
+        (torch.zeros(2), 0),
+        (torch.zeros(3).long(), 0),
+        (torch.zeros(2).long(), 2),
+    ):
+        with pytest.raises(ValueError, match="one int64 address and one slot for each row"):
+            module.cast_blocks_to_peers(x, peers.to(DEVICE), slot)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_factor(dtype: torch.dtype) -> None:
+    x = gradients(1, 4096, dtype)[0]
+    if INTERPRETING and dtype == torch.bfloat16:
+        x[x.abs() < 2.0**-126] = 0.0  # Triton's interpreter reads BF16's subnormals wrongly
+    factor = torch.tensor([0.75])
+    found = torch.empty(4096, dtype=torch.uint8, device=DEVICE)
+    module.cast_shared(x, factor.to(DEVICE), found)
+    codes = blocks.cast_shared(x.cpu(), factor)
+    assert torch.equal(found.cpu(), codes.view(torch.uint8))
+    assert (codes.float().abs() == 448.0).any()
+    for accumulate in (False, True):
+        expected = torch.linspace(-1, 1, 4096)
+        out = expected.to(DEVICE, copy=True)
+        count = module.decode_shared(found, factor.to(DEVICE), out, accumulate)
+        assert int(count) == int(blocks.decode_shared(codes, factor, expected, accumulate))
+        assert same_bits(out.cpu(), expected)

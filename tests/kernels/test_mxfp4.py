@@ -18,14 +18,14 @@ from megafp4_kernels.mxfp4 import (
     Folded,
     Packed,
     Plan,
-    kernel_defines,
     quantize,
     unpack,
 )
+from megafp4_kernels.mxfp4_variants import kernel_defines
 from tests.kernels.test_driver import gpu, needs_gpu, needs_nvrtc
 
 BF16, FP32 = torch.bfloat16, torch.float32
-SEED, STEP, FIRST = -1234567890123456789, 77, 4096
+SEED, STEP, FIRST, FIRST_COL = -1234567890123456789, 77, 4096, 48
 KEY = Key(SEED & (1 << 64) - 1, STEP, 5, "wgrad", "a")
 SIGNS = KEY._replace(operand="signs")
 # With RHT of BF16 input the tensor core sums in another order than the specification; a code
@@ -47,13 +47,14 @@ SIDES = {
 @needs_nvrtc
 @pytest.mark.parametrize("name", SIDES)
 def test_the_kernel_compiles(name: str) -> None:
-    cubin = driver.compile_cubin("mxfp4.cu", kernel_defines(*SIDES[name]))
-    assert cubin[:4] == b"\x7fELF"
+    for runs in ((False, False), (True, False), (False, True)):
+        cubin = driver.compile_cubin("mxfp4.cu", kernel_defines(*SIDES[name], runs))
+        assert cubin[:4] == b"\x7fELF"
     assert driver.compile_cubin("mxfp4_unpack.cu")[:4] == b"\x7fELF"
 
 
 def position() -> Tensor:
-    return torch.tensor([SEED, STEP, FIRST], device="cuda")
+    return torch.tensor([SEED, STEP, FIRST, FIRST_COL], device="cuda")
 
 
 def window() -> Tensor:
@@ -95,7 +96,6 @@ def test_shapes_and_dtypes_are_known_without_a_gpu() -> None:
         ((64, 64), BF16, plan(rounding="up"), "rounding of the row plan is 'up'"),
         ((64, 64), BF16, plan(prescale=1.5), "prescale of the row plan is 1.5"),
         ((64, 64), BF16, plan(output="e5m2"), "output of the row plan is 'e5m2'"),
-        ((64, 64), BF16, plan(offset="row"), "offset of the row plan is 'row'"),
     ],
 )
 def test_what_the_kernel_cannot_serve_is_refused(
@@ -147,7 +147,7 @@ def specified(x: Tensor, p: Plan, col: bool) -> QTensor:
         signs = SIGNS._replace(step=p.sign_step) if p.sign_step >= 0 else SIGNS
         signs_of = numerics.hadamard_signs(signs, p.hadamard, x.device)
         lines = numerics.hadamard(lines, p.hadamard, -1, signs_of)
-    origin = {"line": (FIRST, 0), "k": (0, FIRST), "none": (0, 0)}[p.offset]
+    origin = (FIRST_COL, FIRST) if col else (FIRST, FIRST_COL)
     key = KEY if p.rounding == "stochastic" else None
     return numerics.quantize(
         lines, "mxfp4", -1, p.rounding, key, prescale=p.prescale, origin=origin
@@ -190,16 +190,44 @@ def test_without_a_transform_every_bit_is_the_specifications(
 ) -> None:
     p = plan(0, rounding, prescale, output=output)
     x = normal(256, 384, dtype)
-    check(x, p._replace(offset="line"), p._replace(offset="k"))
+    check(x, p, p)
     check(x, p, None)
     check(x, None, p)
 
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("g", [0, 64, 128])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_slices_draw_by_their_place_in_the_whole(dtype: torch.dtype, g: int) -> None:
+    x, p, side = normal(1024, 768, dtype), plan(g, output="packed"), torch.device("cuda")
+    whole = quantize(x, position(), p, p)
+    picked = [*range(128, 384), *range(640, 768)]
+    index = torch.tensor(picked, device=side)
+    table = torch.tensor(picked[::16], device=side, dtype=torch.int32) // 16
+    for dim, name in ((0, "row_runs"), (1, "col_runs")):
+        part = x.index_select(dim, index)
+        found = quantize(part, position(), p, p, **{name: table})
+        for one, of, axis in zip(found, whole, (1, 0), strict=True):
+            assert isinstance(one, Packed)
+            assert isinstance(of, Packed)
+            codes, expected = (numerics.unpack(each.codes, "mxfp4") for each in (one, of))
+            assert torch.equal(codes, expected.index_select(dim if axis == 1 else 1 - dim, index))
+        where = position()
+        where[2 + dim] += 640
+        moved = quantize(x.narrow(dim, 640, 128).contiguous(), where, p, p)
+        for one, of, axis in zip(moved, whole, (1, 0), strict=True):
+            assert isinstance(one, Packed)
+            assert isinstance(of, Packed)
+            codes, expected = (numerics.unpack(each.codes, "mxfp4") for each in (one, of))
+            assert torch.equal(codes, expected.narrow(dim if axis == 1 else 1 - dim, 640, 128))
+
+
+@gpu
+@needs_gpu
 @pytest.mark.parametrize("g", [16, 32, 64, 128])
 def test_with_a_transform(g: int) -> None:
-    row, col = plan(g, offset="line"), plan(g, offset="k", sign_step=3)
+    row, col = plan(g), plan(g, sign_step=3)
     check(normal(256, 384, FP32), row, col)
     spread = torch.logspace(-3, 3, 2048, device="cuda")[:, None]
     check((normal(2048, 1024, FP32) * spread).to(BF16), row, col, ORDER)

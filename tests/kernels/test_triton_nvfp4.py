@@ -6,9 +6,11 @@ import torch
 from megafp4 import numerics
 from megafp4.numerics import Key
 from megafp4.numerics.formats import E4M3
-from tests.kernels.triton_device import DEVICE, gpu_only, position, same_bits
+from tests.kernels.triton_device import DEVICE, gpu_only, position, runs, same_bits
 
+from megafp4_kernels.amax import amax  # isort: skip
 from megafp4_kernels.nvfp4 import quantize_nvfp4  # isort: skip
+from megafp4_kernels.nvfp4_amax import block_magnitudes  # isort: skip
 
 KEY = Key(0xDEADBEEF12345678, 77, 3, "wgrad", "b")
 SIGNS = KEY._replace(operand="signs").stream
@@ -25,7 +27,6 @@ def check(x: torch.Tensor, axis: int, tile: bool, rounding: str, g: int, prescal
     found = quantize_nvfp4(
         x, axis, tile=tile, rounding=rounding, prescale=prescale, hadamard=g, sign_stream=SIGNS,
         position=position(KEY.seed, KEY.step, FIRST_TOKEN), stream=KEY.stream,
-        offset="line" if axis == 1 else "k",
     )  # fmt: skip
     signs = numerics.hadamard_signs(KEY, 16, x.device)
     q = numerics.quantize(
@@ -77,6 +78,30 @@ def test_large_operand(axis: int, tile: bool, rounding: str, g: int) -> None:
     check(data(528, 4112, torch.float32), axis, tile, rounding, g, 1.0)
 
 
+@pytest.mark.parametrize("tile", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_slices_are_those_of_the_whole(axis: int, tile: bool) -> None:
+    whole = data(64, 96, torch.bfloat16)
+    whole[20] *= 100
+    rotation = {"tile": tile, "hadamard": 16, "sign_stream": SIGNS}
+    draw = {"rounding": "stochastic", "stream": KEY.stream}
+    where = position(KEY.seed, KEY.step, FIRST_TOKEN)
+    expected = quantize_nvfp4(whole, axis, position=where, **rotation, **draw)
+    blocks = block_magnitudes(whole, axis, position=where, **rotation)
+    rows, cols = [*range(16), *range(32, 64)], [*range(32, 96)]
+    x = whole[rows][:, cols].contiguous()
+    found = quantize_nvfp4(
+        x, axis, **rotation, **draw, position=position(KEY.seed, KEY.step, FIRST_TOKEN, 32),
+        row_runs=runs([0, 32, 48]), largest=amax(blocks, None),
+        block_amax=block_magnitudes(x, axis, position=where, **rotation),
+    )  # fmt: skip
+    lines, ks = (rows, cols) if axis == 1 else (cols, rows)
+    assert same_bits(found.tensor_scale, expected.tensor_scale)
+    assert same_bits(found.values.float(), expected.values[lines][:, ks].float())
+    alone = quantize_nvfp4(x, axis, **rotation, position=where)
+    assert not torch.equal(found.tensor_scale, alone.tensor_scale)
+
+
 def test_parts_that_are_not_wanted() -> None:
     x = data(16, 32, torch.float32)
     found = quantize_nvfp4(x, codes=False)
@@ -87,7 +112,7 @@ def test_parts_that_are_not_wanted() -> None:
 
 def test_operator_is_well_defined() -> None:
     x = data(16, 32, torch.float32)
-    draw = (position(1, 2, 0), 3, "none", 16, 4, -1, True, True)
+    draw = (position(1, 2, 0), None, runs([0, 64]), 3, 16, 4, -1, None, None, True, True)
     torch.library.opcheck(
         torch.ops.megafp4.quantize_nvfp4.default, (x, 1, False, "stochastic", 1.0, *draw)
     )

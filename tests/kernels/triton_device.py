@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -20,10 +21,16 @@ DEVICE = "cpu" if INTERPRETING else "cuda"
 gpu_only = pytest.mark.skipif(INTERPRETING, reason="needs a CUDA device")
 
 
-def position(seed: int, step: int, first_token: int) -> torch.Tensor:
-    """Return what kernels read: the seed as signed 64 bits, the step, the first token."""
+def position(seed: int, step: int, first_row: int, first_col: int = 0) -> torch.Tensor:
+    """Return what kernels read: the seed as signed 64 bits, step, first row, first column."""
     signed = seed - (1 << 64) if seed >> 63 else seed
-    return torch.tensor([signed, step, first_token], device=DEVICE)
+    return torch.tensor([signed, step, first_row, first_col], device=DEVICE)
+
+
+def runs(firsts: list[int]) -> torch.Tensor:
+    """Return what kernels read of rows or columns of which every 16 lie at one of ``firsts``."""
+    table = torch.tensor(firsts, dtype=torch.int32) // 16
+    return F.pad(table, (0, -len(firsts) % 8)).to(DEVICE)
 
 
 def adversarial(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:

@@ -124,7 +124,7 @@ class TestSubLN:
 
 class TestRotary:
     def test_scores_depend_on_distance_only(self):
-        cos_sin = rotary_tables(16, 8, 10000.0, torch.device("cpu"))
+        cos_sin = rotary_tables(torch.arange(16), 8, 10000.0)
         q, k = torch.randn(2, 8, dtype=torch.float32).unsqueeze(1).expand(2, 16, 8)
         q, k = (rotate(t[None, None], cos_sin)[0, 0] for t in (q, k))
         scores = q @ k.T
@@ -139,7 +139,7 @@ class TestRotary:
         angle = torch.outer(torch.arange(5.0), 100.0 ** (-torch.arange(4) / 4))
         turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 4), angle)
         expected = torch.cat((turned.real, turned.imag), -1)
-        rotated = rotate(x, rotary_tables(5, 8, 100.0, torch.device("cpu")))
+        rotated = rotate(x, rotary_tables(torch.arange(5), 8, 100.0))
         torch.testing.assert_close(rotated, expected)
 
     def test_odd_head_width_is_refused(self):

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafp4.errors import CheckpointError, ConfigError
+from megafp4.errors import CheckpointError, ConfigError, UnsupportedError
 from megafp4.numerics import encode
 from megafp4.parallel import blocks
 from megafp4.parallel.collectives import Group
+from megafp4.parallel.peers import PeerReducer
 from megafp4.parallel.reduce import CollectiveReducer, FlatReducer, NodeReducer
 from megafp4.parallel.shared_scale import SharedScaleReducer
 from tests.parallel.reduce_ranks import run_well, world
@@ -245,3 +246,18 @@ def test_refusals() -> None:
         reducer.reduce_scatter(x, x.clone(), "bucket", factor=0.5, accumulate=True)
     with pytest.raises(CheckpointError, match=r"\(0, 1\]"):
         SharedScaleReducer(group).load_state_dict({"bucket": torch.tensor(0.0)})
+
+
+def test_peers_need_gpus() -> None:
+    with pytest.raises(UnsupportedError, match=r"'dp' have no GPUs .* FlatReducer"):
+        PeerReducer(Group("dp"))
+
+
+def test_shared_factors_round_bf16_once() -> None:
+    """A BF16 gradient times the common factor is rounded to E4M3 from FP32, not from BF16."""
+    x = torch.full((blocks.GRANULE,), 1.0078125, dtype=torch.bfloat16)  # 1 + 2^-7
+    factor = torch.tensor([1.0625 - 2.0**-8])
+    exact = x.double() * factor.double()  # just above the middle of two codes
+    codes = blocks.cast_shared(x, factor)
+    assert torch.equal(codes.double(), exact.float().to(torch.float8_e4m3fn).double())
+    assert exact[0] != (x * factor[0]).double()[0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megafp4.errors import CheckpointError, ConfigError, DivergenceError, UnsupportedError
+from megafp4.errors import CheckpointError, ConfigError, DivergenceError
 from megafp4.numerics.grid import StoreStatistics
 from megafp4.optim import build_optimizer, clip_grad_norm_on_device
 from megafp4.optim.zero import ZeroOptimizer
@@ -109,7 +109,7 @@ def test_fp8_gradients_train(stage: int) -> None:
     assert not same(results[0].optimizer, exact.optimizer)
 
 
-@pytest.mark.parametrize("states", ["fp8lm", "coat"])
+@pytest.mark.parametrize("states", ["fp8lm", "coat", "bf16-sr", "coat-sr", "eco"])
 def test_short_states_are_those_of_the_whole_parameters(states: str) -> None:
     """Groups that share scales are not cut; BF16 weights are gathered as the owners keep them."""
     options = {"stage": 2, "states": states}
@@ -119,20 +119,7 @@ def test_short_states_are_those_of_the_whole_parameters(states: str) -> None:
         assert same(result.model, expected.model)
         assert same(result.optimizer, expected.optimizer)
     dtypes = {tensor.dtype for tensor in results[0].model.values()}
-    assert (torch.bfloat16 in dtypes) == (states == "fp8lm")
-
-
-def _refused(rank: int, size: int) -> str:
-    try:
-        zero(make("bf16")[0], rank, size, states="bf16-sr")
-    except UnsupportedError as error:
-        return f"refused: {error}"
-    return "accepted"
-
-
-def test_states_that_round_by_place_are_refused() -> None:
-    answers = reduce_ranks.run(_refused, 2)
-    assert any("choose fp32, fp8lm or coat" in answer for answer in answers)
+    assert (torch.bfloat16 in dtypes) == (states != "coat")
 
 
 def _continue(rank: int, size: int, recipe: str, total: int, state: Any) -> Outcome:
@@ -200,7 +187,7 @@ def _cut_model(rank: int, size: int) -> tuple[float, float]:
         group,
         FlatReducer(group),
         model=reduce_ranks.world(rank, size),
-        replicated=norms,
+        elsewhere=norms if rank else (),
     )
     optimizer.begin(last=True)
     model(*tokens(0, 0)).backward()

@@ -12,7 +12,8 @@ from megafp4 import settings
 from megafp4.cli import main
 from megafp4.config import RunConfig
 from megafp4.errors import ConfigError
-from megafp4.train.build import build, check, finished_summary
+from megafp4.train.build import build, check
+from megafp4.train.folder import finished_summary
 from megafp4.train.loop import train
 from tests.train.tiny import rows, summary, tiny
 

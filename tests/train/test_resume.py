@@ -15,8 +15,9 @@ from megafp4.config import RunConfig
 from megafp4.errors import CheckpointError, ConfigError
 from megafp4.optim import Optimizer
 from megafp4.train import loop, state
-from megafp4.train.build import build, finished_summary
+from megafp4.train.build import build
 from megafp4.train.evaluate import evaluate
+from megafp4.train.folder import finished_summary
 from megafp4.train.loop import train
 from megafp4.train.metrics import read_rows
 from tests.train.tiny import rows, summary, tiny

@@ -263,7 +263,7 @@ def _outlier_rows(x: Tensor) -> Iterator[Row]:
 
 
 def _position(x: Tensor) -> Tensor:
-    return torch.tensor([_SEED, _STEP, 0], dtype=torch.int64, device=x.device)
+    return torch.tensor([_SEED, _STEP, 0, 0], dtype=torch.int64, device=x.device)
 
 
 def _key(axis: int) -> Key:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.ceilings import COPY, PRODUCTS
+from benchmarks.processes import in_processes
 from benchmarks.report import Report
 from benchmarks.session import Session
 from benchmarks.step_run import Outcome, Setup
@@ -97,22 +92,7 @@ def in_a_process(setup: Setup, seconds: float) -> Outcome:
     Raises:
         RuntimeError: It failed, or did not finish in time.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(one for one in sys.path if one)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "outcome.json"
-        given = json.dumps(asdict(setup))
-        command = [sys.executable, "-m", "benchmarks.step_run", given, str(path)]
-        limit = None if math.isinf(seconds) else max(seconds, 1.0)
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=limit, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"it did not finish within the {seconds:.0f} s left") from None
-        if done.returncode:
-            last = next(reversed(done.stderr.strip().splitlines()), "no message")
-            raise RuntimeError(f"it ended with status {done.returncode}: {last}")
-        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    return Outcome(**in_processes("benchmarks.step_run", asdict(setup), 1, seconds))
 
 
 class Work(NamedTuple):

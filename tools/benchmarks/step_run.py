@@ -5,22 +5,20 @@ A process for each recipe: its memory starts empty, and every recipe warms up al
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.ceilings import product_of
 from benchmarks.environment import Sensors
+from benchmarks.processes import serve
 from megafp4.config import ModelConfig, RunConfig
 from megafp4.linear import Linear
 from megafp4.models import QuantizedFactory, build_model, get_preset
@@ -234,17 +232,5 @@ def _products(precision: Precision) -> dict[str, int]:
     return dict(counts)
 
 
-def main(arguments: list[str]) -> int:
-    """Run the setup in a JSON text and write the outcome to a file.
-
-    Args:
-        arguments: The setup as JSON, the file to write.
-    """
-    given: Mapping[str, Any] = json.loads(arguments[0])
-    found = asdict(run(Setup(**given)))
-    Path(arguments[1]).write_text(json.dumps(found), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve(lambda given: asdict(run(Setup(**given))), sys.argv[1:]))

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-_FLUSH_BYTES = 1 << 28
+FLUSH_BYTES = 1 << 28
 """Several times the L2 cache of an H200."""
 
 Work = Callable[[], object]
@@ -96,7 +96,7 @@ def interleaved(rows: Mapping[str, Work], rounds: int) -> dict[str, Time]:
         rows: What to time, by name; recorded with :func:`graphed` if launching costs anything.
         rounds: Samples of each.
     """
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in rows}
     for index in range(rounds + 2):
         for name, work in rows.items():

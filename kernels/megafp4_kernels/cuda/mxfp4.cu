@@ -6,18 +6,20 @@
 //
 // Defines: FP32_INPUT. ROW, COL: 0 | FOLDED | PACKED, ROW also E4M3. ROW_G, COL_G: 0, 16, 32, 64,
 // 128. ROW_ROUNDING, COL_ROUNDING. ROW_CLIP, COL_CLIP: values may exceed 6. COL_FROM_E4M3.
-// COL_SUMS: also sums over the rows. STAGES. CTAS: per multiprocessor.
+// COL_SUMS: also sums over the rows. ROW_RUNS, COL_RUNS: rows, columns are not contiguous in the
+// whole. STAGES. CTAS: per multiprocessor.
 #include "mxfp4_lines.cuh"
 
 __device__ __forceinline__ Output describe(void* data, u8* scales, int lines, int length,
                                            float factor, const long long* position, uint2 key,
-                                           int stream, int offset, const int* window) {
-    const u32 first = u32(position[2]);
+                                           int stream, const int* line_runs,
+                                           const int* group_runs, bool col, const int* window) {
+    const u32 first_line = u32(position[col ? 3 : 2]), first_k = u32(position[col ? 2 : 3]);
     const uint2 step = multiply_wide(u32(position[1]), kMultiplier1);
     const int lowest = (window ? window[W_BASE] : 0) + 127 - kLowest;
     const u32 origin = window ? u32(lowest + 2) << 23 : 0u;
     return {data, scales, lines, length, factor, key.x, key.y, step.y, step.x,
-            u32(stream), offset == 1 ? first : 0u, offset == 2 ? first / 16 : 0u,
+            u32(stream), first_line, first_k / 16, line_runs, group_runs,
             window ? u32(max(lowest, 0) + 2) << 23 : 2u << 23, origin,
             window && lowest > 0 ? (u32(lowest + 2) << 23) - 1 : 0u, 0, 0,
             0x80u + (threadIdx.x >> 20)};
@@ -62,16 +64,17 @@ __device__ __forceinline__ void add_up(const float* partial, float* sums, int ti
 }
 
 // *_scale: FP32 [1]; the tensor's scale 2^base, written, and for ROW == E4M3 its scale, read.
-// *_offset: what position[2] is added to; 0: nothing, 1: the line, 2: the contraction index.
+// position: seed, step, first row, first column. *_runs: of every 16 rows (columns) where they lie
+// in the whole, in units of 16; read only with ROW_RUNS (COL_RUNS).
 // again: the second launch, which quantizes what the first did before its window's base moved, and
 // adds up the partial sums of COL_SUMS, [row tiles, columns], to sums [columns].
 extern "C" __global__ void __launch_bounds__(kThreads, CTAS)
 quantize(const __grid_constant__ TensorMap map, int rows, int columns, const long long* position,
-         const float* e4m3_scale, void* row_data, u8* row_scales, float* row_scale,
-         int* row_window, float row_prescale, int row_stream, int row_sign_stream,
-         int row_sign_step, int row_offset, void* col_data, u8* col_scales, float* col_scale,
+         const int* row_runs, const int* col_runs, const float* e4m3_scale, void* row_data,
+         u8* row_scales, float* row_scale, int* row_window, float row_prescale, int row_stream,
+         int row_sign_stream, int row_sign_step, void* col_data, u8* col_scales, float* col_scale,
          int* col_window, float col_prescale, int col_stream, int col_sign_stream,
-         int col_sign_step, int col_offset, float* partial, float* sums, int again) {
+         int col_sign_step, float* partial, float* sums, int again) {
     extern __shared__ __align__(1024) u8 buffers[];
     __shared__ __align__(8) u64 full[STAGES];
     __shared__ u32 left[STAGES];
@@ -79,9 +82,9 @@ quantize(const __grid_constant__ TensorMap map, int rows, int columns, const lon
     __shared__ __align__(16) u32 operands[ROW_G == 128 || COL_G == 128 ? 2048 : 1024];
     const int tiles_x = (columns + kTile - 1) / kTile, tiles_y = (rows + kTile - 1) / kTile;
     if (COL_SUMS && again) add_up(partial, sums, tiles_y, columns);
-    const bool row_runs = ROW && (!again || (ROW == FOLDED && row_window[W_REDO]));
-    const bool col_runs = COL && (!again || (COL == FOLDED && col_window[W_REDO]));
-    if (!row_runs && !col_runs) return;
+    const bool makes_row = ROW && (!again || (ROW == FOLDED && row_window[W_REDO]));
+    const bool makes_col = COL && (!again || (COL == FOLDED && col_window[W_REDO]));
+    if (!makes_row && !makes_col) return;
     const u32 stages = (shared_address(buffers) + 1023) & ~1023u;
     const u32 barriers = shared_address(full);
     const int tiles = tiles_x * tiles_y;
@@ -100,9 +103,11 @@ quantize(const __grid_constant__ TensorMap map, int rows, int columns, const lon
                                  __reduce_or_sync(~0u, u32(seed >> 32)));
     Output row = describe(row_data, row_scales, rows, columns,
                           ROW == E4M3 ? 1.0f / *row_scale : row_prescale * 0x1p-14f, position,
-                          key, row_stream, row_offset, ROW == FOLDED ? row_window : nullptr);
+                          key, row_stream, row_runs, col_runs, false,
+                          ROW == FOLDED ? row_window : nullptr);
     Output col = describe(col_data, col_scales, columns, rows, col_prescale * 0x1p-14f, position,
-                          key, col_stream, col_offset, COL == FOLDED ? col_window : nullptr);
+                          key, col_stream, col_runs, row_runs, true,
+                          COL == FOLDED ? col_window : nullptr);
     Lines<false, ROW_G, false> row_lines;
     Lines<true, COL_G, kFromE4M3> col_lines;
     if (ROW) row_lines.prepare(position, row_sign_stream, row_sign_step, operands);
@@ -120,11 +125,11 @@ quantize(const __grid_constant__ TensorMap map, int rows, int columns, const lon
         const u32 stage = stages + s * kStage;
         barrier_wait(barriers + 8 * s, parity);
         if constexpr (ROW != 0)
-            if (row_runs)
+            if (makes_row)
                 row_lines.template run<ROW, ROW_ROUNDING, ROW_CLIP>(row, stage, y * kTile,
                                                                     x * kTile, nullptr);
         if constexpr (COL != 0)
-            if (col_runs)
+            if (makes_col)
                 col_lines.template run<COL, COL_ROUNDING, COL_CLIP>(
                     col, stage, x * kTile, y * kTile,
                     again ? nullptr : partial + size_t(y) * columns);
@@ -136,6 +141,6 @@ quantize(const __grid_constant__ TensorMap map, int rows, int columns, const lon
         x += right, y += down;
         if (x >= tiles_x) x -= tiles_x, ++y;
     }
-    if (ROW == FOLDED && row_runs) finish(row, row_window, row_scale, again, reduced);
-    if (COL == FOLDED && col_runs) finish(col, col_window, col_scale, again, reduced);
+    if (ROW == FOLDED && makes_row) finish(row, row_window, row_scale, again, reduced);
+    if (COL == FOLDED && makes_col) finish(col, col_window, col_scale, again, reduced);
 }

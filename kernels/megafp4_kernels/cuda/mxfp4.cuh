@@ -124,6 +124,7 @@ struct Output {
     int lines, length;
     float factor;  // prescale * 2^-14, or 1 / scale of E4M3
     u32 key0, key1, step_high, step_low, stream, line_origin, group_origin;
+    const int *line_runs, *group_runs;  // of every 16 where they lie in the whole, in units of 16
     u32 lowest;   // bits of an FP32 power of two: no block has a smaller scale, times 4
     u32 origin;   // exponents are folded relative to this one's, at the same place
     u32 raising;  // bits of a block's largest magnitude, less 1, below which it is raised
@@ -141,13 +142,17 @@ struct GroupDraw {
     u32 word2, word0, next2, next3;
 };
 
+template <bool kRuns>
 __device__ __forceinline__ LineDraw draw_line(int line, const Output& o) {
+    if (kRuns) line = __ldg(o.line_runs + (line >> 4)) * 16 + (line & 15);
     const uint2 p = multiply_wide(o.step_high ^ (line + o.line_origin) ^ o.key0, kMultiplier0);
     return {p.x, p.y};
 }
 
+template <bool kRuns>
 __device__ __forceinline__ GroupDraw draw_group(int k, const Output& o) {
-    const uint2 p0 = multiply_wide((k >> 4) + o.group_origin, kMultiplier0);
+    const u32 group = kRuns ? __ldg(o.group_runs + (k >> 4)) : k >> 4;
+    const uint2 p0 = multiply_wide(group + o.group_origin, kMultiplier0);
     const uint2 p1 = multiply_wide(p0.y ^ o.stream ^ o.key1, kMultiplier1);
     const uint2 p2 = multiply_wide(p1.y ^ o.step_low ^ (o.key0 + kWeyl0), kMultiplier0);
     return {p0.x ^ (o.key1 + kWeyl1), p1.x ^ (o.key0 + 2 * kWeyl0), p2.y ^ (o.key1 + 2 * kWeyl1),

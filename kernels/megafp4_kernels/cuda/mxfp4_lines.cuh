@@ -87,6 +87,8 @@ template <bool kCol, int kG, bool kE4M3>
 struct Lines {
     static constexpr bool kTensor = kG != 0 && !FP32_INPUT;
     static constexpr int kHalves = kG == 128 ? 2 : 1;  // chunks of 64 transformed together
+    static constexpr bool kLineRuns = kCol ? COL_RUNS : ROW_RUNS;
+    static constexpr bool kGroupRuns = kCol ? ROW_RUNS : COL_RUNS;
     u32 operand;         // FP32_INPUT == 0: shared address of the second operand
     u32 signs[kHalves];  // FP32 input: of this lane's 32 elements
     float scale, reciprocal;  // of E4M3
@@ -327,7 +329,7 @@ struct Lines {
         const int k = k0 + (FP32_INPUT ? 2 * (lane & 16) : lane % 4 * 16);
         const float gain = kTensor && kE4M3 ? scale : 1.0f;
         LineDraw lines[kLines];
-        for (int i = 0; i < kLines; ++i) lines[i] = draw_line(line + 8 * i, o);
+        for (int i = 0; i < kLines; ++i) lines[i] = draw_line<kLineRuns>(line + 8 * i, o);
         float totals[4] = {};
         size_t at = size_t(line) * o.length + k;
 #pragma unroll 1
@@ -346,7 +348,7 @@ struct Lines {
                 else
                     encode<kOutput, kRounding, kClip>(
                         v[half][i % 2], amax[half][i % 2], gain, lines[below],
-                        draw_group(k + along, o), to, inside,
+                        draw_group<kGroupRuns>(k + along, o), to, inside,
                         FP32_INPUT ? !right : lane % 2 == 0, o);
             }
         }

@@ -1,0 +1,381 @@
+"""ZeRO stage 3: weights, too, are cut over data parallelism; FSDP2 gathers a block when it runs.
+
+Every rank keeps the rows of each parameter that FSDP2 gives it (:mod:`megafp4.parallel.fsdp`), with
+their state, and steps them; nothing is published, because the next gather reads what was written.
+Gradients are reduced after every micro-batch, on top of the FP32 sum so far. With an FP32 wire
+losses, weights and states are those of a serial run bit for bit, as in stage 2 of
+:mod:`megafp4.optim.zero`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from megafp4.config import OptimConfig
+from megafp4.errors import ConfigError, DivergenceError, UnsupportedError
+from megafp4.numerics import Key
+from megafp4.numerics.grid import GridWeight, StoreStatistics
+from megafp4.optim.adamw import AdamHyper
+from megafp4.optim.dqt import dqt_step
+from megafp4.optim.optimizer import codec_of, grid_of, storage_bytes
+from megafp4.optim.quantizers import GROUP
+from megafp4.optim.shard_states import PieceStates, StateKind, rows_of, whole_state
+from megafp4.optim.zero3_state import check_saved, layout_of, saved_rows
+from megafp4.optim.zero_grids import grid_rows
+from megafp4.parallel.bucket import Piece
+from megafp4.parallel.collectives import Group
+from megafp4.parallel.fsdp import ShardedModel, shard_model, share_of
+from megafp4.parallel.reduce import Reducer
+
+
+class Zero3Optimizer:
+    """AdamW and Direct Quantized Training of a model that it cuts over data parallelism.
+
+    Calls are those of :class:`~megafp4.optim.zero.ZeroOptimizer`: ``for each micro-batch:
+    begin(last); loss.backward()``, then ``clip`` and ``step``. Every rank makes the same calls.
+
+    Args:
+        model: FP32 parameters or grid weights, the same on all ranks; FSDP2 cuts them in place.
+        units: Modules of the model that are gathered one at a time: its blocks.
+        config: Adam's constants, and how state is kept.
+        seed: Seed of the stochastic rounding.
+        group: The ranks of data parallelism, two or more.
+        reducer: Sums gradients over the same ranks.
+        fused: Move dense pieces by kernels if they are on a GPU.
+        operands: Gather the weights of linears as the operands that the recipe makes of them, where
+            that is exact and sends less.
+        model_group: Ranks over which the model itself is cut: norms are taken over them too.
+        elsewhere: Parameters that another rank of ``model_group`` counts in the norm.
+        partial: Parameters whose gradients are still to be summed over another group, whose ranks
+            have the same place in ``group``: those of norms under sequence parallelism.
+
+    Raises:
+        ConfigError: A dense parameter is not FP32, or sizes do not fit.
+        UnsupportedError: The codec cannot keep the rows that a rank gets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[nn.Module],
+        config: OptimConfig,
+        seed: int,
+        group: Group,
+        reducer: Reducer,
+        *,
+        fused: bool = False,
+        operands: bool = True,
+        model_group: Group | None = None,
+        elsewhere: Collection[str] = (),
+        partial: Mapping[str, Group] = MappingProxyType({}),
+    ) -> None:
+        self.config, self.seed, self.group, self.fused = config, seed, group, fused
+        self.grid_statistics: dict[str, StoreStatistics] = {}
+        """Flips and saturation of each grid parameter in the last step."""
+        self._model = Group("model") if model_group is None else model_group
+        self._elsewhere = frozenset(elsewhere)
+        self._partial = dict(partial)
+        self._complete = False
+        whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _check_types(whole)
+        self._states = PieceStates(whole, config, seed, fused)
+        self._layouts = {name: layout_of(name, p.shape, group.size) for name, p in whole.items()}
+        for name in whole:
+            self._check_groups(name, whole[name])
+        dtypes = {n: self._states.weight_dtype(n) for n, p in whole.items() if grid_of(p) is None}
+        self.sharded = self._shard(model, units, whole, reducer, dtypes, operands)
+        self._owned: dict[str, Piece] = {}
+        for name, layout in self._layouts.items():
+            for piece in layout.owned(group.rank):
+                self._owned[name] = piece
+                if name in self.sharded.grids:
+                    self._states.adopt_grid(piece)
+                else:
+                    self._states.adopt(piece, self.sharded.local[name].view(-1))
+        # From here on only shapes and grids are asked for: the whole weights go.
+        for name, param in whole.items():
+            if grid_of(param) is None:
+                whole[name] = nn.Parameter(
+                    torch.empty((), device=param.device).expand(param.shape), requires_grad=False
+                )
+        self.params = whole
+        """Shapes of the parameters, and grids; no values."""
+
+    def _shard(
+        self,
+        model: nn.Module,
+        units: Sequence[nn.Module],
+        whole: Mapping[str, nn.Parameter],
+        reducer: Reducer,
+        dtypes: Mapping[str, torch.dtype],
+        operands: bool,
+    ) -> ShardedModel:
+        grids = {}
+        for name, param in whole.items():
+            if (grid := grid_of(param)) is not None:
+                share = share_of(param.shape, self.group.rank, self.group.size)
+                grids[name] = grid_rows(grid, share.first, share.stop)
+        return shard_model(model, units, self.group, reducer, dtypes, grids, operands=operands)
+
+    def _check_groups(self, name: str, param: nn.Parameter) -> None:
+        grouped = any(kind.group > 1 for kind in self._states.layout(name).values())
+        if grouped and self._layouts[name].shard % GROUP:
+            raise UnsupportedError(
+                f"optim.states {codec_of(param, self.config).name!r} scales groups of {GROUP} "
+                f"elements, and {self.group.size} ranks would cut {name!r} of {list(param.shape)} "
+                "within one: choose fp32 states or another number of ranks"
+            )
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether :meth:`step` never waits for the device, given device tensors."""
+        return self.fused and not self.sharded.grids
+
+    def begin(self, last: bool) -> None:
+        """Announce the backward pass of a micro-batch; each one is reduced, ``last`` or not."""
+        del last
+        self.sharded.begin()
+
+    def norm(self) -> Tensor:
+        """Global L2 norm of the summed gradients, FP64 0-dim, the same on all ranks.
+
+        Squares are summed in FP64. What is not finite on any rank is not finite here.
+
+        Raises:
+            ConfigError: A parameter got no gradient in this step.
+            CommunicationError: Another rank is gone.
+        """
+        grads = self._gradients()
+        self._sum_partial(grads)
+        counted = [grad for name, grad in grads.items() if name not in self._elsewhere]
+        device = next(iter(self.params.values())).device
+        square = torch.zeros(1, dtype=torch.float64, device=device)
+        if counted:
+            norms = torch.stack(list(torch._foreach_norm(counted, 2, dtype=torch.float64)))
+            square += norms.square().sum()
+        square = self.group.all_reduce(square, "gradient norm")
+        return self._model.all_reduce(square, "gradient norm").sqrt().view(())
+
+    def _sum_partial(self, grads: Mapping[str, Tensor]) -> None:
+        """Complete the gradients that are partial, once a step."""
+        if self._complete:
+            return
+        self._complete = True
+        for group in {group.name: group for group in self._partial.values()}.values():
+            # A rank may own no row of a parameter: its peers own none either.
+            found = [
+                grads[n] for n, g in self._partial.items() if g.name == group.name and n in grads
+            ]
+            if group.size == 1 or not found:
+                continue
+            total = group.all_reduce(torch.cat(found), "partial gradients")
+            for grad, summed in zip(found, total.split([g.numel() for g in found]), strict=True):
+                grad.copy_(summed)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """FP32 gradients of what this rank owns, flat."""
+        found = {name: self.sharded.gradient(name) for name in self._owned}
+        for name, grad in found.items():
+            if grad is None:
+                raise ConfigError(
+                    f"{name!r} got no gradient in a step: use every parameter in the loss, or set "
+                    "requires_grad to False"
+                )
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    def clip(self, max_norm: float) -> tuple[float, float]:
+        """Measure the norm and the factor that clips it, as :func:`megafp4.optim.clip_grad_norm`.
+
+        Raises:
+            ConfigError: ``max_norm`` is negative or NaN, or as :meth:`norm`.
+            CommunicationError: Another rank is gone.
+        """
+        norm, scale = self.clip_on_device(max_norm)
+        return float(norm), float(scale)
+
+    def clip_on_device(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        """As :func:`megafp4.optim.clip_grad_norm_on_device`: FP64, 0-dim; NaN if not finite.
+
+        Raises:
+            ConfigError: As :meth:`clip`.
+            CommunicationError: Another rank is gone.
+        """
+        if not max_norm >= 0:
+            raise ConfigError(f"optim.clip_grad is {max_norm}: give 0 (off) or a positive norm")
+        norm = self.norm()
+        limited = max_norm / norm.clamp(min=max_norm) if max_norm else torch.ones_like(norm)
+        return norm, torch.where(norm.isfinite(), limited, math.nan)
+
+    def step(
+        self,
+        step: int,
+        lr: float,
+        grad_scale: float | Tensor = 1.0,
+        skip: Tensor | None = None,
+    ) -> None:
+        """Move what this rank owns, after :meth:`norm` or :meth:`clip`; arguments as Optimizer's.
+
+        Raises:
+            DivergenceError: ``grad_scale`` is not finite (nothing has moved then), or the new
+                value of a grid parameter is not.
+            CommunicationError: Another rank is gone.
+        """
+        scale = self._scale(step, grad_scale)
+        skip = None if skip is None else skip.view(1)
+        groups: dict[AdamHyper, dict[str, Tensor]] = {}
+        moved: dict[str, StoreStatistics] = {}
+        for name, grad in self._gradients().items():
+            hyper = self._hyper(name, lr)
+            if name in self.sharded.grids:
+                grad = grad if scale is None else grad * scale
+                moved[name] = self._grid_step(name, grad, hyper, step)
+            else:
+                groups.setdefault(hyper, {})[name] = grad
+        for hyper, grads in groups.items():
+            self._states.step(grads, hyper, step, scale, skip)
+        self.sharded.reshard()
+        self.grid_statistics = self._statistics(moved)
+
+    def _grid_step(self, name: str, grad: Tensor, hyper: AdamHyper, step: int) -> StoreStatistics:
+        grid = self.sharded.grids[name]
+        m, v = (one.view(grid.shape) for one in self._states.moments(name))
+        key = Key(self.seed, step, grid.layer, "update", "b")
+        return dqt_step(grid, grad.view(grid.shape), m, v, hyper, step, key)
+
+    def _statistics(self, moved: Mapping[str, StoreStatistics]) -> dict[str, StoreStatistics]:
+        """Add up what the ranks' steps did to each grid weight."""
+        if not moved:
+            return {}
+        counts = torch.stack([torch.stack([one.flips, one.saturated]) for one in moved.values()])
+        flips, saturated = self.group.all_reduce(counts, "grid statistics").unbind(1)
+        return {
+            name: StoreStatistics(flips[i], saturated[i], self.params[name].numel())
+            for i, name in enumerate(moved)
+        }
+
+    def _scale(self, step: int, grad_scale: float | Tensor) -> Tensor | None:
+        if isinstance(grad_scale, Tensor):
+            return grad_scale.float().view(1)
+        if not math.isfinite(grad_scale):
+            raise DivergenceError(
+                f"the gradients of step {step} hold NaN or Inf: lower the learning rate or go on "
+                "from an earlier checkpoint"
+            )
+        if grad_scale == 1.0:
+            return None
+        return torch.full((1,), grad_scale, device=next(iter(self.params.values())).device)
+
+    def _hyper(self, name: str, lr: float) -> AdamHyper:
+        return AdamHyper(lr, self.config.betas, self.config.eps, self.decay_of(self.params[name]))
+
+    def decay_of(self, param: Tensor) -> float:
+        """Weight decay of a parameter: the configured one for two or more dims, else 0."""
+        return self.config.weight_decay if param.dim() >= 2 else 0.0
+
+    def zero_grad(self) -> None:
+        """Drop every gradient."""
+        self.sharded.clear()
+        self._complete = False
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's whole state by name, as it was before it was cut, on every rank.
+
+        Every rank must call this.
+
+        Raises:
+            CommunicationError: Another rank is gone.
+        """
+        found: dict[str, Tensor] = {}
+        for name, layout in self._layouts.items():
+            shape = self.params[name].shape
+            for key, tensor in self._kept(name).items():
+                kind = StateKind(tensor.dtype, shape[1:].numel(), tensor.shape[1:].numel())
+                whole = whole_state(layout, name, kind, tensor, self.group)
+                found[key] = whole.view(-1, *tensor.shape[1:])
+        return found
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Take over whole weights, as :meth:`weights` or the state dict of an uncut model has them.
+
+        Raises:
+            CheckpointError: A name is missing or a shape or type is another; nothing has changed
+                then.
+        """
+        pairs = [
+            (tensor, saved_rows(state, key, tensor, self.sharded.shares[name]))
+            for name in self.params
+            for key, tensor in self._kept(name).items()
+        ]
+        for tensor, rows in pairs:
+            tensor.copy_(rows)
+        self.sharded.reshard()
+
+    def _kept(self, name: str) -> dict[str, Tensor]:
+        """This rank's rows of what the uncut model's state dict has of a parameter."""
+        if name not in self.sharded.grids:
+            return {name: self.sharded.local[name]}
+        grid: GridWeight = self.sharded.grids[name]
+        return {f"{name}_codes": grid.codes, f"{name}_scale": grid.scale}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole state by kind and parameter, ``exp_avg.<parameter>`` say, on every rank.
+
+        Shapes are the parameters' (or those of their scales), so any number of ranks, or one
+        without ZeRO, can go on from it. Every rank must call this.
+
+        Raises:
+            CommunicationError: Another rank is gone.
+        """
+        return {
+            f"{label}.{name}": whole_state(
+                self._layouts[name], name, kind, self._states.read(name, label), self.group
+            ).view(self.params[name].shape if kind.group == kind.width == 1 else (-1, kind.width))
+            for label, name, kind in self._kinds()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` returned, perhaps for another number of ranks.
+
+        Raises:
+            CheckpointError: Names, sizes or types are not this optimizer's; nothing has changed
+                then.
+        """
+        sizes = {
+            f"{label}.{name}": (rows_of(self.params[name].numel(), kind) * kind.width, kind.dtype)
+            for label, name, kind in self._kinds()
+        }
+        check_saved(state, sizes)
+        for label, name, kind in self._kinds():
+            if name in self._owned:
+                mine, piece = self._states.read(name, label), self._owned[name]
+                rows = state[f"{label}.{name}"].reshape(-1, kind.width)
+                part = rows[piece.start // kind.group : rows_of(piece.stop, kind)]
+                mine.copy_(part.reshape(mine.shape))
+
+    def _kinds(self) -> Iterator[tuple[str, str, StateKind]]:
+        """(label, parameter, kind) of all state, alike on all ranks."""
+        for name in self.params:
+            for label, kind in self._states.layout(name).items():
+                yield label, name, kind
+
+    def state_bytes(self) -> int:
+        """Bytes of this rank's state, measured on storages."""
+        return storage_bytes(self._states.tensors())
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that this rank keeps between steps, measured on storages."""
+        return storage_bytes(t for name in self.params for t in self._kept(name).values())
+
+
+def _check_types(params: Mapping[str, nn.Parameter]) -> None:
+    for name, param in params.items():
+        if grid_of(param) is None and param.dtype != torch.float32:
+            raise ConfigError(
+                f"parameter {name!r} is {param.dtype}: give torch.float32 parameters, the "
+                "optimizer makes those BF16 that are to be read in it"
+            )

@@ -1,0 +1,127 @@
+"""What backend hopper makes of a slice is a slice of what it makes of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels import it")
+
+from megafp4.backends import hopper
+from megafp4.backends.base import Operand
+from megafp4.backends.hopper_cast import Caster
+from megafp4.backends.hopper_state import Positions
+from megafp4.errors import UnsupportedError
+from megafp4.numerics import Key, Origin, Slice
+from megafp4.recipes import get_recipe, recipe_names
+from megafp4.recipes.cast import CastRequest
+from tests.backends.kernel_twins import install
+from tests.backends.slices import Case, Rehearsed
+
+CPU = torch.device("cpu")
+LAYOUTS = [("column", False), ("row", False), ("column", True), ("row", True)]
+# What of a row-parallel linear no kernel makes: a token's outliers are chosen among all features.
+CLAMPED = {"fp4": 1, "fp4-folded": 2}
+
+
+@pytest.fixture
+def specified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Operands that have no kernel, in order; and no GPU is asked for."""
+    made: list[str] = []
+    cast = Caster._specified
+
+    def counting(self: Caster, x: Tensor, request: CastRequest) -> Operand:
+        if request.operand.quantized:
+            made.append(f"{request.key.gemm}.{request.side}")
+        return cast(self, x, request)
+
+    monkeypatch.setattr(Caster, "_specified", counting)
+    monkeypatch.setattr(hopper, "device_capability", lambda: (9, 0))
+    return made
+
+
+def check(case: Case, specified: list[str]) -> None:
+    whole = case.of_whole()
+    without_kernels = set(specified)
+    specified.clear()
+    for rank, found in enumerate(case.of_ranks()):
+        assert found.keys() == whole.keys()
+        for name, value in found.items():
+            expected = case.take(name, whole[name], rank)
+            assert torch.equal(value, expected), (rank, name)
+            assert len(value.unique()) > 2
+    clamped = case.kind == "row" and case.recipe in CLAMPED
+    assert len(set(specified) - without_kernels) == (CLAMPED[case.recipe] if clamped else 0)
+
+
+@pytest.mark.parametrize(("kind", "sequence"), LAYOUTS)
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_halves(
+    recipe: str,
+    kind: str,
+    sequence: bool,
+    specified: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch)
+    check(Case(recipe, kind, 2, sequence, (256, 128, 128), 128, 128, "cpu"), specified)
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4", "mxfp4-fp8", "nvfp4", "int8"])
+def test_quarters(recipe: str, specified: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    check(Case(recipe, "column", 4, True, (256, 256), 64, 256, "cpu"), specified)
+    specified.clear()
+    check(Case(recipe, "row", 4, False, (64,), 256, 128, "cpu"), specified)
+
+
+def request(dim: int, origin: Origin) -> CastRequest:
+    part = Slice(Rehearsed(0, 2, [[], []]), dim)
+    key = Key(7, 2, 0, "dgrad", "a")
+    return CastRequest(get_recipe("mxfp4").dgrad, "a", 1, key, origin, part=part)
+
+
+def test_places_of_runs() -> None:
+    positions = Positions()
+    runs = ((64, 32), (256, 16), (512, 112))
+    place = positions.of(request(1, origin=(32, runs)), CPU)
+    assert place.position.tolist() == [7, 2, 32, 0]
+    assert place.row_runs is None
+    assert place.col_runs is not None
+    assert place.col_runs.dtype == torch.int32
+    firsts = [64, 80, 256, *range(512, 624, 16)]
+    assert place.col_runs.tolist() == [first // 16 for first in firsts] + [0] * 6
+    again = positions.of(request(1, origin=(32, runs)), CPU)
+    assert again.col_runs is place.col_runs
+
+
+def test_a_graph_does_not_know_where_a_slice_lies() -> None:
+    positions = Positions()
+    positions.pin(7, 2, 32, CPU)
+    with pytest.raises(UnsupportedError, match=r"leave train\.cuda_graph off under tensor"):
+        positions.of(request(1, origin=(32, 64)), CPU)
+
+
+def test_runs_that_random_bits_would_straddle_are_left_to_the_specification(
+    specified: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    x = torch.randn(16, 64).bfloat16()
+    odd = request(1, origin=(32, ((0, 24), (72, 40))))
+    even = request(1, origin=(32, ((0, 32), (64, 32))))
+    Caster().cast(x, [odd])
+    assert specified == ["dgrad.a"]
+    Caster().cast(x, [even])
+    assert specified == ["dgrad.a"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(hopper.device_capability() != (9, 0), reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("kind", "sequence"), LAYOUTS)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_slices_on_the_gpu(
+    recipe: str, size: int, kind: str, sequence: bool, specified: list[str]
+) -> None:
+    check(Case(recipe, kind, size, sequence, (1024, 512, 512), 1024, 1024, "cuda"), specified)
