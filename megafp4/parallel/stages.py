@@ -218,7 +218,10 @@ class Stage(nn.Module):
         if self.is_first:
             x = model.enter(x)
         x = model.through(x, tokens, self._blocks)
-        x = model.leave(x, targets)[None] * self.feed.shares[index] if self.is_last else x
+        if self.is_last:
+            share = self.feed.shares[index]
+            # Under context parallelism a rank may hold no target, and the mean over none is NaN.
+            x = torch.where(share > 0, model.leave(x, targets), 0.0)[None] * share
         x = x.contiguous()  # the receiver expects it
         self.feed.leave(index, x)
         return x

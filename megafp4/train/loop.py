@@ -314,7 +314,10 @@ def _backward(
         # Random bits are keyed by the token's place in the global batch: cutting it into other
         # micro-batches draws the same ones.
         run.precision.first_token = place
-        loss = run.forward(tokens, targets) * share
+        loss = run.forward(tokens, targets)
+        if run.mesh.cp.size > 1:  # a rank may hold no target, and the mean over none is NaN
+            loss = torch.where(share > 0, loss, 0.0)
+        loss = loss * share
         run.precision.measures = _measures(run) and last
         if isinstance(run.optimizer, DeepSpeedOptimizer):
             run.optimizer.backward(loss, last=last)

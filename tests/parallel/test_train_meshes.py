@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megafp4.config import RunConfig
 from megafp4.errors import ConfigError, UnsupportedError
 from megafp4.train.build import build, check
-from megafp4.train.loop import train
+from megafp4.train.loop import StepResult, take_step, train
 from tests.parallel.pool import Ranks
 from tests.parallel.test_train import RECIPES, assert_equal, curve, job, on_ranks, small, tensors
 from tests.train.tiny import rows, summary, write_corpus
@@ -91,6 +92,35 @@ def test_cut_sequences_follow_the_serial_run(
     assert found == pytest.approx(expected, rel=2e-3 if recipe == "bf16" else 0.01)
     valid = curve(tmp_path / "two", "eval"), curve(tmp_path / "one", "eval")
     assert valid[0] == pytest.approx(valid[1], rel=0.01)
+
+
+def without_early_targets(config: RunConfig, parallel: dict[str, Any]) -> list[float]:
+    """Losses of two steps on sequences whose first and last quarter have no targets."""
+    run = build(on_ranks(config, **parallel) if parallel else config, quiet=True)
+    real = run.data.training
+
+    def training(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = real(step)
+        for _, targets in found:
+            targets[:, :64] = -1
+            targets[:, -64:] = -1
+        return found
+
+    run.data.training = training  # type: ignore[method-assign]
+    losses = []
+    for step in range(2):
+        result = take_step(run, step)
+        assert isinstance(result, StepResult)
+        losses.append(result.loss)
+    return losses
+
+
+def test_a_cp_rank_may_hold_no_target(corpus: str, tmp_path: Path, two: Ranks) -> None:
+    changes: dict[str, Any] = {"seq_len": 256}
+    expected = without_early_targets(llama(corpus, tmp_path / "one", "bf16", **changes), {})
+    config = llama(corpus, tmp_path / "two", "bf16", **changes)
+    for found in two.run(without_early_targets, config, {"cp": 2, "wire": "fp32"}):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
