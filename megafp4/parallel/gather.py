@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from megafp4.backends import Operand
@@ -95,10 +96,15 @@ def _gather_prepared(operand: Prepared, axis: int, group: Group) -> Gathering:
 
 
 def _start(x: Tensor, dim: int, group: Group, what: str = "operand") -> Pending:
-    """Start to join ranks' tensors; along dim 1 their transposes travel."""
-    return group.start_all_gather(x if dim == 0 else x.t(), what)
+    """Start to join ranks' matrices along a dim; along dim 1 they arrive one behind the other."""
+    return group.start_all_gather(x if dim == 0 else x.contiguous()[None], what)
 
 
 def _finish(started: Pending, dim: int) -> Tensor:
     joined = started.wait()
-    return joined if dim == 0 else joined.t().contiguous()
+    if dim == 0:
+        return joined
+    lines, row_bytes = joined.shape[1], joined.shape[2] * joined.itemsize
+    # Copied in words: runs of bytes would be copied byte by byte.
+    words = joined.view(torch.int64) if row_bytes % 8 == 0 else joined
+    return words.transpose(0, 1).reshape(lines, -1).view(joined.dtype)
