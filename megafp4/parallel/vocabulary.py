@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megafp4.models.execution import Execution
 from megafp4.models.layers import lookup
 from megafp4.models.loss import IGNORED_TARGET, linear_cross_entropy
 from megafp4.parallel.collectives import Group
@@ -66,6 +67,8 @@ class VocabParallelHead(nn.Module):
         ConfigError: tp does not divide the words.
     """
 
+    execution = Execution()
+
     def __init__(
         self,
         width: int,
@@ -100,10 +103,17 @@ class VocabParallelHead(nn.Module):
         x = enter(x, self.group, sequence=self.sequence, reduce_dtype=self.reduce_dtype)
         if targets is None:
             return gather_features(F.linear(x, weight.to(x.dtype)), self.group)
-        return vocab_parallel_loss(x.flatten(0, -2), weight, targets.flatten(), self.group)
+        rows = x.flatten(0, -2)
+        return vocab_parallel_loss(rows, weight, targets.flatten(), self.group, self.execution)
 
 
-def vocab_parallel_loss(x: Tensor, weight: Tensor, targets: Tensor, group: Group) -> Tensor:
+def vocab_parallel_loss(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    group: Group,
+    execution: Execution | None = None,
+) -> Tensor:
     """Mean cross-entropy of ``x weight^T`` in nats, each rank scoring its words, chunk by chunk.
 
     Args:
@@ -111,27 +121,47 @@ def vocab_parallel_loss(x: Tensor, weight: Tensor, targets: Tensor, group: Group
         weight: FP32 [V / tp, H].
         targets: int64 [T], words of the whole vocabulary; -1 is ignored.
         group: The ranks that share the vocabulary.
+        execution: What runs the pieces between the collectives; None runs them as they are.
 
     Returns:
         FP32, 0-dim, the same on all ranks. The gradient of x is this rank's summand.
     """
-    return linear_cross_entropy(x, weight, targets, partial(_score, group=group))
+    score = partial(_score, group=group, execution=execution or Execution())
+    return linear_cross_entropy(x, weight, targets, score)
 
 
-def _score(logits: Tensor, targets: Tensor, weight: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+def _score(
+    logits: Tensor, targets: Tensor, weight: Tensor, group: Group, execution: Execution
+) -> tuple[Tensor, Tensor]:
     """:func:`megafp4.models.loss.score_chunk` of logits [T, V / tp]."""
-    wide = logits.float()
-    kept = targets != IGNORED_TARGET
-    row, mine = _rows(targets, group, wide.shape[-1])
-    peak = group.all_reduce(wide.amax(-1), "loss", "max")
-    hit = torch.where(mine, wide.gather(-1, row[:, None])[:, 0], 0.0)
-    sums = torch.stack(((wide - peak[:, None]).exp().sum(-1), hit))
-    total, target = group.all_reduce(sums, "loss")
+    row, mine = _rows(targets, group, logits.shape[-1])
+    peak = group.all_reduce(execution.run(_peak, logits), "loss", "max")
+    total, hit = group.all_reduce(execution.run(_sums, logits, row, mine, peak), "loss")
     log_sum = total.log() + peak
-    loss = torch.where(kept, log_sum - target, 0.0).sum()
-    one = (torch.arange(wide.shape[-1], device=wide.device) == row[:, None]) & mine[:, None]
-    slope = (wide - log_sum[:, None]).exp() - one.float()
-    return loss, (slope * torch.where(kept, weight, 0.0)[:, None]).to(logits.dtype)
+    kept = targets != IGNORED_TARGET
+    loss = torch.where(kept, log_sum - hit, 0.0).sum()
+    weights = torch.where(kept, weight, 0.0)
+    return loss, execution.run(_slope, logits, row, mine, log_sum, weights)
+
+
+def _peak(logits: Tensor) -> Tensor:
+    """Largest logit of each token, FP32 [T]."""
+    return logits.amax(-1).float()
+
+
+def _sums(logits: Tensor, row: Tensor, mine: Tensor, peak: Tensor) -> Tensor:
+    """Sum of exponentials, and the logit of the target if it is here, FP32 [2, T]."""
+    wide = logits.float()
+    hit = torch.where(mine, wide.gather(-1, row[:, None])[:, 0], 0.0)
+    return torch.stack(((wide - peak[:, None]).exp().sum(-1), hit))
+
+
+def _slope(logits: Tensor, row: Tensor, mine: Tensor, log_sum: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the loss with respect to the logits, in their type."""
+    words = torch.arange(logits.shape[-1], device=logits.device)
+    one = (words == row[:, None]) & mine[:, None]
+    slope = (logits.float() - log_sum[:, None]).exp() - one.float()
+    return (slope * weights[:, None]).to(logits.dtype)
 
 
 def _rows(words: Tensor, group: Group, count: int) -> tuple[Tensor, Tensor]:
