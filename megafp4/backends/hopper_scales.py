@@ -21,9 +21,11 @@ def tensor_scale(x: torch.Tensor, request: CastRequest) -> torch.Tensor:
     from megafp4_kernels.amax import amax, scale, scale_of
 
     fmt, part = request.operand.format, request.part
+    if request.amax is not None:
+        return scale_of(request.amax, fmt)
     if part is not None and x.numel():
         return scale_of(part.largest(amax(x, None)), fmt)
-    return scale(x, fmt, None) if request.amax is None else scale_of(request.amax, fmt)
+    return scale(x, fmt, None)
 
 
 def line_scales(x: torch.Tensor, request: CastRequest) -> torch.Tensor:

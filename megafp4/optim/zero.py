@@ -68,6 +68,7 @@ class ZeroOptimizer:
             norms under sequence parallelism, tied embeddings of a pipeline. The groups differ in
             name, and their ranks have the same place in ``group``.
         weight_amax: Keep :attr:`weight_amax`.
+        tensor: Ranks of ``model`` that hold other parts of the same weights.
 
     Raises:
         ConfigError: A dense parameter is not FP32, or sizes do not fit.
@@ -89,6 +90,7 @@ class ZeroOptimizer:
         elsewhere: Collection[str] = (),
         partial: Mapping[str, Group] = MappingProxyType({}),
         weight_amax: bool = False,
+        tensor: Group | None = None,
     ) -> None:
         self.params = dict(params)
         self.config, self.seed, self.group, self.fused = config, seed, group, fused
@@ -114,11 +116,12 @@ class ZeroOptimizer:
         self._weights = [self._adopt(i) for i in range(len(self.buckets))]
         self.gradients = GradientBuckets(self.params, self.buckets, reducer, stage, partial)
         pieces = self._dense_pieces() if weight_amax else {}
-        self._amax = WeightAmax(pieces, group, self.gradients.shards[0].device)
+        cut_over = Group("tp") if tensor is None else tensor
+        self._amax = WeightAmax(pieces, group, cut_over, self.gradients.shards[0].device)
 
     @property
     def weight_amax(self) -> Mapping[str, Tensor]:
-        """As :attr:`megafp4.optim.Optimizer.weight_amax`, of the parameters on this rank."""
+        """As :attr:`megafp4.optim.Optimizer.weight_amax`, of the whole of what is cut by tp."""
         return self._amax.by_name
 
     def _dense_pieces(self) -> dict[str, list[Tensor]]:

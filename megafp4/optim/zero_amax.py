@@ -18,6 +18,7 @@ class WeightAmax:
         pieces: What this rank owns of each weight, memory that stays where it is; none of some. All
             ranks name the same weights in the same order.
         group: The owners.
+        tensor: Ranks that hold other parts of the same weights.
         device: Where weights are.
 
     Raises:
@@ -25,9 +26,13 @@ class WeightAmax:
     """
 
     def __init__(
-        self, pieces: Mapping[str, list[Tensor]], group: Group, device: torch.device
+        self,
+        pieces: Mapping[str, list[Tensor]],
+        group: Group,
+        tensor: Group,
+        device: torch.device,
     ) -> None:
-        self._group = group
+        self._group, self._tensor = group, tensor
         self._pieces = [piece for owned in pieces.values() for piece in owned]
         places = [i for i, owned in enumerate(pieces.values()) for _ in owned]
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
@@ -48,4 +53,4 @@ class WeightAmax:
         if self._pieces:
             norms = torch._foreach_norm(self._pieces, math.inf)
             found.index_copy_(0, self._places, torch.stack([norm.float() for norm in norms]))
-        self._amax.copy_(self._group.largest(found))
+        self._amax.copy_(self._tensor.largest(self._group.largest(found)))

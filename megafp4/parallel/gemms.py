@@ -87,7 +87,8 @@ class ShardedOp(LinearOp):
             return super().fprop(x, weight, own, bias, out_dtype, keep=keep, amax=amax)
         partial, kept = super().fprop(x, weight, at, None, self._travels(out_dtype), keep=keep)
         y = self._reduce(partial, "fprop").wait()
-        return (y if bias is None else y + bias).to(out_dtype), kept
+        # In place: one pass that adds in FP32 and rounds once.
+        return (y if bias is None else y.add_(bias)).to(out_dtype), kept
 
     def dgrad(self, dy: Tensor, weight: Tensor, at: Position) -> Tensor:
         """dx [T or Tp, K], summed, of dy [T, Np]; or dx [T, Kp] of dy [T or Tp, N]."""
@@ -176,9 +177,8 @@ class ShardedOp(LinearOp):
             contracted = dim == request.axis
             line, k = origin
             origin = (line, self.shard.origin) if contracted else (self.shard.origin, k)
-        # A magnitude that is known without reading the slice is the slice's own.
         part = Slice(self.shard.group, dim, within=request.part)
-        return replace(request, origin=origin, part=part, amax=None)
+        return replace(request, origin=origin, part=part)
 
     def _cast(
         self,

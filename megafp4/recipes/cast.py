@@ -47,7 +47,8 @@ class CastRequest:
     sums: Tensor | None = field(default=None, compare=False)
     """FP32 [cols], to be filled with the matrix's sums over its rows when it is cast."""
     amax: Tensor | None = field(default=None, compare=False)
-    """FP32 [n]: largest magnitudes of n parts that make up the matrix, if these are known."""
+    """FP32 [n]: largest magnitudes of n parts that make up the matrix (the whole one, where this is
+    a slice), if these are known."""
     part: Slice | None = None
     """Who holds the rest, if the matrix is a slice."""
 
