@@ -102,10 +102,12 @@ class HopperBackend:
         self._caster.windows.load_state_dict(state, device)
 
     def pin_position(self, seed: int, step: int, first_token: int, device: torch.device) -> None:
-        """Let all casts from now on read their position where this one is written.
+        """Let all casts from now on count their positions from one that is written on the device.
 
-        A CUDA graph that was recorded meanwhile then draws, when it is replayed, the random bits of
-        the position that was pinned last.
+        Meanwhile the first token of a :class:`~megafp4.precision.Position` counts from
+        ``first_token``, and its step means nothing. A CUDA graph draws, when it is replayed, the
+        random bits of the position that was pinned last. Every cast must have been made once, with
+        a position pinned, before it is recorded.
         """
         self._caster.positions.pin(seed, step, first_token, device)
 

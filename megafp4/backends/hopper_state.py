@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from megafp4.backends.hopper_requests import is_drawn_by_place, is_weight
+from megafp4.backends.hopper_requests import is_weight
 from megafp4.errors import CheckpointError, UnsupportedError
 from megafp4.numerics import Runs
 from megafp4.recipes.cast import CastRequest
@@ -95,53 +95,89 @@ class Place(NamedTuple):
     """int32: of every 16 columns."""
 
 
+class _Pins:
+    """Places that are counted from a position which is written anew for every replay of a graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Rows of `_table` are handed out and keep their addresses, which graphs hold.
+        self._table, self._first = torch.zeros(2, _POSITIONS, 4, dtype=torch.int64, device=device)
+        self._moves = torch.zeros(_POSITIONS, 4, dtype=torch.int64, device=device)
+        self._now = torch.zeros(4, dtype=torch.int64, device=device)
+        self._rows: dict[tuple[bool, int, int], torch.Tensor] = {}
+
+    def write(self, seed: int, step: int, first_token: int) -> None:
+        """Move all places to a position."""
+        _write(self._now, seed, step, first_token, 0)
+        torch.addcmul(self._first, self._moves, self._now, out=self._table)
+
+    def of(self, weight: bool, row: int, col: int) -> torch.Tensor:
+        """A place that far behind the position; that of a weight does not move with the tokens.
+
+        Raises:
+            UnsupportedError: There are too many places.
+        """
+        name = weight, row, col
+        if name not in self._rows:
+            assert not (self._now.is_cuda and torch.cuda.is_current_stream_capturing()), (
+                "a pass without a graph has met every place before"
+            )
+            index = len(self._rows)
+            if index == _POSITIONS:
+                raise UnsupportedError(
+                    f"a CUDA graph of operands at more than {_POSITIONS} places of their matrices "
+                    "cannot be recorded: leave train.cuda_graph off"
+                )
+            self._rows[name] = self._table[index]
+            _write(self._first[index], 0, 0, row, col)
+            _write(self._moves[index], 1, 1, int(not weight), 0)
+            torch.addcmul(self._first[index], self._moves[index], self._now, out=self._rows[name])
+        return self._rows[name]
+
+
 class Positions:
     """Places of the operands, written on the device without waiting for it."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int, int, int, torch.device], torch.Tensor] = {}
-        self._pins: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pins: dict[torch.device, _Pins] = {}
         self._pinned: set[torch.device] = set()
         self._runs: dict[tuple[Runs, torch.device], torch.Tensor] = {}
 
     def pin(self, seed: int, step: int, first_token: int, device: torch.device) -> None:
-        """Write a position where casts on a device read it from now on."""
+        """Write a position from which casts on a device count from now on."""
         device = _indexed(device)
-        if device not in self._pins:  # made once: graphs hold their addresses
-            weights, activations = torch.empty(2, 4, dtype=torch.int64, device=device)
-            self._pins[device] = weights, activations
+        if device not in self._pins:
+            self._pins[device] = _Pins(device)
         self._pinned.add(device)
-        of_weights, of_activations = self._pins[device]
-        _write(of_weights, seed, step, 0, 0)
-        _write(of_activations, seed, step, first_token, 0)
+        self._pins[device].write(seed, step, first_token)
 
     def unpin(self) -> None:
         """Let casts on all devices again read the position that they are asked for."""
         self._pinned.clear()
 
     def pinned(self, device: torch.device) -> bool:
-        """Whether casts on a device read the position that was pinned."""
+        """Whether casts on a device count from the position that was pinned."""
         return device in self._pinned
 
     def of(self, request: CastRequest, device: torch.device) -> Place:
         """Place that an operand's random bits are drawn at.
 
         Raises:
-            UnsupportedError: A position is pinned, and the operand is a slice that is rounded by
-                its place in the whole.
+            UnsupportedError: A position is pinned, and the tokens are not on end.
         """
-        if device in self._pinned:
-            if request.part is not None and is_drawn_by_place(request):
-                raise UnsupportedError(
-                    f"{request.operand} of a slice draws by where it lies in the whole matrix, and "
-                    "a CUDA graph knows only where its micro-batch begins: leave train.cuda_graph "
-                    "off under tensor parallelism"
-                )
-            weights, activations = self._pins[device]
-            return Place(weights if is_weight(request) else activations, None, None)
         rows, cols = request.origin if request.axis == 1 else request.origin[::-1]
         first_row, row_runs = self._first_and_runs(rows, device)
         first_col, col_runs = self._first_and_runs(cols, device)
+        if device in self._pinned:
+            weight = is_weight(request)
+            if row_runs is not None and not weight:
+                raise UnsupportedError(
+                    f"{request.operand} is cast of several runs of tokens, and a CUDA graph knows "
+                    "only where its micro-batch begins: leave train.cuda_graph off under context "
+                    "parallelism"
+                )
+            position = self._pins[device].of(weight, first_row, first_col)
+            return Place(position, row_runs, col_runs)
         name = request.key.seed, request.key.step, first_row, first_col, device
         if name not in self._kept:
             while len(self._kept) >= _POSITIONS:

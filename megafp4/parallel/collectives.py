@@ -59,6 +59,25 @@ class CommunicationLedger:
         self._calls[traffic] += 1
         self._bytes[traffic] += sent
 
+    def since(self, before: CommunicationLedger) -> CommunicationLedger:
+        """What was recorded since ``before``, a copy of this ledger."""
+        found = CommunicationLedger()
+        found._calls, found._bytes = self._calls - before._calls, self._bytes - before._bytes
+        return found
+
+    def copy(self) -> CommunicationLedger:
+        """The ledger as it is now."""
+        return self.since(CommunicationLedger())
+
+    def merge(self, other: CommunicationLedger) -> None:
+        """Add what another ledger holds."""
+        self._calls.update(other._calls)
+        self._bytes.update(other._bytes)
+
+    def remove(self, other: CommunicationLedger) -> None:
+        """Take away what another ledger holds."""
+        self._calls, self._bytes = self._calls - other._calls, self._bytes - other._bytes
+
     def rows(self) -> list[dict[str, str | int]]:
         """One dict per kind of call: group, operation, dtype, what, calls, bytes."""
         return [

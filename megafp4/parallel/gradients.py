@@ -144,6 +144,12 @@ class GradientBuckets:
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
+    def replayed(self) -> None:
+        """Take note that a CUDA graph has done what the step's last backward pass and finish do."""
+        self._seen.update(self.params)
+        self._fillings.clear()
+        self._finished = True
+
     def clear(self) -> None:
         """Forget the step's gradients."""
         for param in self.params.values():

@@ -193,11 +193,15 @@ def build(config: RunConfig, mesh: Mesh | None = None, *, quiet: bool = False) -
     recipe_name = _recipe_name(config)
     screen = Screen(f"{config.name}, {recipe_name}", work, quiet=quiet or mesh.rank > 0)
     optimizer = _make_optimizer(config, schedule, backend, model, device, mesh)
-    if isinstance(optimizer, ZeroOptimizer):  # wgrad writes where gradients are collected
-        precision.destination = optimizer.gradients.destination
+    buckets = optimizer.gradients if isinstance(optimizer, ZeroOptimizer) else None
+    if buckets is not None:  # wgrad writes where gradients are collected
+        precision.destination = buckets.destination
     if changed := mesh_changes(config):
         screen.say(f"continuing with another mesh ({', '.join(changed)})")
     first_then_others(mesh, lambda: claim_folder(config) if mesh.rank == 0 else None)
+    recorder = None
+    if config.train.cuda_graph:
+        recorder = Recorder(model, precision, buckets, mesh.ledger)
     kind = Metrics if mesh.rank == 0 else MutedMetrics
     raised = partial(raised_blocks, model, backend, mesh.world)
     return Run(
@@ -224,7 +228,7 @@ def build(config: RunConfig, mesh: Mesh | None = None, *, quiet: bool = False) -
         guard=LossGuard(config.train.spike_factor, config.train.max_spikes),
         clock=clock,
         metrics=kind(folder, work, screen, clock, raised),
-        recorder=Recorder(model, precision) if config.train.cuda_graph else None,
+        recorder=recorder,
     )
 
 
@@ -259,7 +263,7 @@ def _make_optimizer(
     mesh: Mesh,
 ) -> Optimizer | Sharded:
     seed, fused = config.train.seed, device.type == "cuda"
-    amax = _takes_scales(schedule, backend, "b", mesh)
+    amax = _takes_scales(schedule, backend, "b")
     if mesh.world.size == 1:
         return build_optimizer(
             model.named_parameters(), config.optim, seed, fused=fused, weight_amax=amax
@@ -274,14 +278,11 @@ def _recipe_name(config: RunConfig) -> str:
     return f"{config.recipe}, {text}" if "@" in text else text or config.recipe
 
 
-def _takes_scales(schedule: PrecisionSchedule, backend: Backend, side: Side, mesh: Mesh) -> bool:
-    """Whether the backend scales fprop's operand as a whole and can be told how large it is.
-
-    What a tp rank knows is how large its part is.
-    """
+def _takes_scales(schedule: PrecisionSchedule, backend: Backend, side: Side) -> bool:
+    """Whether the backend scales fprop's operand as a whole and can be told how large it is."""
     specs = [recipe.fprop.side(side) for _, recipe in schedule.stages]
     scaled = any(each.quantized and each.shared_scale == "tensor" for each in specs)
-    return scaled and isinstance(backend, HopperBackend) and mesh.tp.size == 1
+    return scaled and isinstance(backend, HopperBackend)
 
 
 def make_model(
@@ -310,7 +311,8 @@ def make_model(
     compiled = config.train.compile
     on_gpu = device.type == "cuda"
     execution = Execution(on_gpu if compiled is None else compiled, config.train.recompute)
-    if _takes_scales(schedule, backend, "a", mesh):
+    # Where tokens are cut over tp, a rank's norms know how large its own ones are.
+    if _takes_scales(schedule, backend, "a") and not config.parallel.sequence:
         execution.magnitudes = precision.magnitudes
     model.execute(execution)
     return model

@@ -284,13 +284,15 @@ def accumulate_gradients(run: Run, step: int, batches: list[MicroBatch]) -> Tens
     if cp.size > 1:
         predicted = _predicted([(tokens, targets) for tokens, targets, _ in own])
     shares = (predicted.double() / everywhere).float()
-    if run.recorder is not None:
-        # On the device, the norm is taken from what the last backward pass has measured.
-        replayed = run.recorder.accumulate(batches, shares, step, measures=_measures(run))
-        if replayed is not None:
-            return replayed
     run.precision.step = step
-    if run.pipeline is not None:
+    replayed = None
+    if run.recorder is not None:
+        on_end = [(*batch, first) for batch, first in zip(batches, firsts, strict=True)]
+        # On the device, the norm is taken from what the last backward pass has measured.
+        replayed = run.recorder.accumulate(on_end, shares, step, measures=_measures(run))
+    if replayed is not None:
+        losses = replayed
+    elif run.pipeline is not None:
         assert isinstance(run.optimizer, ZeroOptimizer)
         micro_batches = [(tokens, targets) for tokens, targets, _ in own]
         places = [place for *_, place in own]

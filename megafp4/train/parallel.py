@@ -83,9 +83,7 @@ def check_mesh(config: RunConfig, schedule: PrecisionSchedule, world_size: int) 
             "than one rank does: set model.dropout to 0"
         )
     if train.cuda_graph:
-        raise UnsupportedError(
-            f"train.cuda_graph records one rank's work and the job has {world_size}: switch it off"
-        )
+        _check_graph(config.parallel, sizes, train.micro_batches // sizes.dp)
     if train.memory_report and sizes.pp * sizes.cp > 1:
         raise UnsupportedError(
             f"train.memory_report runs the model by itself, which {sizes} does not do: switch it "
@@ -121,6 +119,24 @@ def _check_engine(parallel: ParallelConfig, world_size: int) -> None:
         raise UnsupportedError(
             "parallel.offload is done by parallel.engine deepspeed alone: choose that engine, or "
             "leave the states on the device"
+        )
+
+
+def _check_graph(parallel: ParallelConfig, sizes: MeshSizes, micro_batches: int) -> None:
+    """Refuse what a CUDA graph of one rank's forward and backward passes cannot hold."""
+    why = ""
+    if sizes.pp * sizes.cp > 1:
+        why = f"a rank whose part of a micro-batch is another each time, and the mesh is {sizes}"
+    elif parallel.engine != "megafp4" or parallel.zero == 3:
+        why = f"weights that come and go (zero {parallel.zero}, engine {parallel.engine})"
+    elif parallel.zero == 2 and micro_batches > 1:
+        why = f"zero 2 with {micro_batches} micro-batches a step, each of which is reduced"
+    elif sizes.dp > 1 and parallel.wire in ("fp8-peers", "fp8-lm"):
+        why = f"wire {parallel.wire}, which keeps count of its calls"
+    if why:
+        raise UnsupportedError(
+            f"train.cuda_graph cannot record {why}: leave it off, or choose a mesh of dp and tp "
+            "with zero 1 and wire fp8, bf16 or fp32"
         )
 
 
@@ -235,6 +251,7 @@ def make_optimizer(
         elsewhere=elsewhere,
         partial=partial,
         weight_amax=weight_amax,
+        tensor=mesh.tp,
     )
 
 

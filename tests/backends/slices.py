@@ -92,10 +92,12 @@ def value_of(operand: Operand, axis: int) -> Tensor:
     return found if axis == 1 else found.t()
 
 
-def values(op: LinearOp, x: Tensor, dy: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+def values(
+    op: LinearOp, x: Tensor, dy: Tensor, weight: Tensor | None, at: Position = AT
+) -> dict[str, Tensor]:
     """Values of all operands of a linear; outliers that meet the weight as ``outliers``."""
     sums = torch.empty(dy.shape[1], device=dy.device)
-    of_x, of_dy = (_own(op, name, t) for name, t in (("x", x), ("dy", dy)))
+    of_x, of_dy = (_own(op, name, t, at) for name, t in (("x", x), ("dy", dy)))
     forward = [op._request("fprop", "a", of_x), op._request("wgrad", "b", of_x)]
     backward = [op._request("dgrad", "a", of_dy), op._request("wgrad", "a", of_dy)]
     backward[1] = replace(backward[1], sums=sums)
@@ -103,7 +105,7 @@ def values(op: LinearOp, x: Tensor, dy: Tensor, weight: Tensor | None) -> dict[s
     made = [first, *saved, *op._cast(dy, backward)]
     requests = forward + backward
     if weight is not None:
-        of_weight = [op._request("fprop", "b", AT, weight), op._request("dgrad", "b", AT, weight)]
+        of_weight = [op._request("fprop", "b", at, weight), op._request("dgrad", "b", at, weight)]
         made += op._cast(weight, of_weight)
         requests += of_weight
     found = {
@@ -114,8 +116,8 @@ def values(op: LinearOp, x: Tensor, dy: Tensor, weight: Tensor | None) -> dict[s
     return found if outliers is None else {**found, "outliers": outliers.bfloat16().float()}
 
 
-def _own(op: LinearOp, matrix: str, x: Tensor) -> Position:
-    return op._own(AT, matrix, x) if isinstance(op, ShardedOp) else AT
+def _own(op: LinearOp, matrix: str, x: Tensor, at: Position) -> Position:
+    return op._own(at, matrix, x) if isinstance(op, ShardedOp) else at
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Case:
     width: int
     tokens: int
     device: str
+    pinned: bool = False
+    """Whether the ranks count from a pinned position, as CUDA graphs do."""
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """BF16 x and dy, and the FP32 weight unless the recipe keeps codes in its place."""
@@ -170,9 +174,14 @@ class Case:
         x, dy, weight = self.matrices()
 
         def part(group: Rehearsed) -> dict[str, Tensor]:
+            backend, at = HopperBackend(), AT
+            if self.pinned:
+                assert isinstance(AT.first_token, int)
+                backend.pin_position(SEED, AT.step, AT.first_token, torch.device(self.device))
+                at = Position(step=0, first_token=0)
             op = Ungathered(
                 recipe=get_recipe(self.recipe),
-                backend=HopperBackend(),
+                backend=backend,
                 precision=Precision(SEED),
                 layer=LAYER,
                 name="l",
@@ -181,6 +190,6 @@ class Case:
             )
             own = [self.take(name, t, group.rank) for name, t in (("x", x), ("dy", dy))]
             of = None if weight is None else self.take("weight", weight, group.rank)
-            return values(op, own[0], own[1], of)
+            return values(op, own[0], own[1], of, at)
 
         return rehearse(self.size, part)

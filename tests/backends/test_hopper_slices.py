@@ -14,7 +14,7 @@ from megafp4.backends.hopper_cast import Caster
 from megafp4.backends.hopper_state import Positions
 from megafp4.errors import UnsupportedError
 from megafp4.numerics import Key, Origin, Slice
-from megafp4.recipes import get_recipe, recipe_names
+from megafp4.recipes import Side, get_recipe, recipe_names
 from megafp4.recipes.cast import CastRequest
 from tests.backends.kernel_twins import install
 from tests.backends.slices import Case, Rehearsed
@@ -76,10 +76,24 @@ def test_quarters(recipe: str, specified: list[str], monkeypatch: pytest.MonkeyP
     check(Case(recipe, "row", 4, False, (64,), 256, 128, "cpu"), specified)
 
 
-def request(dim: int, origin: Origin) -> CastRequest:
+@pytest.mark.parametrize(("kind", "sequence"), LAYOUTS)
+@pytest.mark.parametrize("recipe", ["mxfp4", "mxfp4-fp8", "fp8"])
+def test_halves_counted_from_a_pinned_position(
+    recipe: str,
+    kind: str,
+    sequence: bool,
+    specified: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch)
+    case = Case(recipe, kind, 2, sequence, (256, 128, 128), 128, 128, "cpu", pinned=True)
+    check(case, specified)
+
+
+def request(dim: int, origin: Origin, axis: int = 1, side: Side = "a") -> CastRequest:
     part = Slice(Rehearsed(0, 2, [[], []]), dim)
-    key = Key(7, 2, 0, "dgrad", "a")
-    return CastRequest(get_recipe("mxfp4").dgrad, "a", 1, key, origin, part=part)
+    key = Key(7, 2, 0, "dgrad", side)
+    return CastRequest(get_recipe("mxfp4").dgrad, side, axis, key, origin, part=part)
 
 
 def test_places_of_runs() -> None:
@@ -96,11 +110,28 @@ def test_places_of_runs() -> None:
     assert again.col_runs is place.col_runs
 
 
-def test_a_graph_does_not_know_where_a_slice_lies() -> None:
+def test_places_of_slices_move_with_a_pinned_position() -> None:
     positions = Positions()
+    runs = ((64, 32), (256, 16))
     positions.pin(7, 2, 32, CPU)
-    with pytest.raises(UnsupportedError, match=r"leave train\.cuda_graph off under tensor"):
-        positions.of(request(1, origin=(32, 64)), CPU)
+    asked = [
+        request(1, origin=(64, runs)),
+        request(0, origin=(32, 64), axis=0),
+        request(1, origin=(16, 48), axis=0, side="b"),
+    ]
+    places = [positions.of(each, CPU) for each in asked]
+    positions.pin(2**63 + 3, 5, 1024, CPU)
+    assert [place.position.tolist() for place in places] == [
+        [3 - 2**63, 5, 1024 + 64, 0],
+        [3 - 2**63, 5, 1024 + 64, 32],
+        [3 - 2**63, 5, 48, 16],  # a weight does not move with the tokens
+    ]
+    again = [positions.of(each, CPU) for each in asked]
+    for place, same in zip(places, again, strict=True):
+        assert place.position.data_ptr() == same.position.data_ptr()
+    assert places[0].col_runs is again[0].col_runs is not None
+    with pytest.raises(UnsupportedError, match=r"leave train\.cuda_graph off under context"):
+        positions.of(request(1, origin=(runs, 64)), CPU)
 
 
 def test_runs_that_random_bits_would_straddle_are_left_to_the_specification(

@@ -222,7 +222,9 @@ def fails(config: RunConfig) -> str:
         ({}, {}, 3, "2 micro-batches of 2, which dp 3 does not divide"),
         ({"tp": 4}, {}, 4, "tp 4 does not divide model.heads 2"),
         ({}, {"dropout": 0.1}, 2, "model.dropout 0.1 on 2 ranks"),
-        ({}, {"cuda_graph": True}, 2, "train.cuda_graph"),
+        ({"cp": 2}, {"cuda_graph": True}, 2, "cannot record a rank whose part of a micro-batch"),
+        ({"zero": 3}, {"cuda_graph": True}, 2, "cannot record weights that come and go"),
+        ({"wire": "fp8-peers"}, {"cuda_graph": True}, 2, "cannot record wire fp8-peers"),
         ({"tp": 2, "sequence": True}, {"micro_batch": 1, "recipe": "mxfp4"}, 2, "over 32 tokens"),
     ],
 )

@@ -109,7 +109,9 @@ def run(setup: Setup) -> Outcome:
         ahead = optimizer.can_run_ahead
         loss = None
         if recorder is not None:
-            loss = recorder.accumulate(batches, shares, number, measures=ahead)
+            on_end = [(*batch, i * batch[0].numel()) for i, batch in enumerate(batches)]
+            losses = recorder.accumulate(on_end, shares, number, measures=ahead)
+            loss = None if losses is None else losses.sum()
         if loss is None:
             loss = _accumulate(model, precision, batches, shares, number, ahead)
         if ahead:
