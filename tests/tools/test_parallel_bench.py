@@ -124,8 +124,12 @@ def test_a_step_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert optim.difference("coat", torch.float32, "cpu", True) > 0.0
 
 
+SPLIT = {"tp": 2, "sequence": True}
+
+
 def test_meshes_are_read() -> None:
-    assert meshes.parse("1") == ("1", 1, {})
+    assert meshes.parse("1") == ("1", 1, {}, False)
+    assert meshes.parse("tp2:graph+sequence") == ("tp2:graph+sequence", 2, SPLIT, True)
     assert meshes.parse("dp4").parallel == {}
     found = meshes.parse("tp2xpp2xdp3:sequence+zero2+interleaved+chunks4+bf16")
     assert found.ranks == 12

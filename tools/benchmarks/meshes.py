@@ -23,6 +23,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "offload": {"offload": True},
     "deepspeed": {"engine": "deepspeed"},
 }
+_GRAPH = "graph"
 
 
 class Layout(NamedTuple):
@@ -34,6 +35,8 @@ class Layout(NamedTuple):
     """GPUs."""
     parallel: dict[str, Any]
     """Fields of the configuration's ``parallel``."""
+    graph: bool = False
+    """Whether CUDA graphs are replayed."""
 
 
 def parse(text: str) -> Layout:
@@ -42,7 +45,7 @@ def parse(text: str) -> Layout:
     Axes (pp, dp, cp, tp) with their sizes are joined by ``x``; ``1`` is one GPU. Behind a colon
     stand options joined by ``+``: ``sequence``, ``zero1`` to ``zero3``, a schedule (``interleaved``
     has two chunks, or as many as ``chunksN`` says), ``ring``, a wire (``fp8``, ``fp8-peers``,
-    ``bf16``, ``fp32``, ``fp8-lm``), ``offload``, ``deepspeed``.
+    ``bf16``, ``fp32``, ``fp8-lm``), ``offload``, ``deepspeed``; ``graph`` replays CUDA graphs.
 
     Raises:
         ValueError: It is not written like that.
@@ -58,13 +61,16 @@ def parse(text: str) -> Layout:
             )
         sizes[match[1]] = int(match[2])
     parallel: dict[str, Any] = {axis: size for axis, size in sizes.items() if axis != "dp"}
-    for option in options.split("+") if options else ():
+    wanted = options.split("+") if options else []
+    for option in wanted:
+        if option == _GRAPH:
+            continue
         numbered = _NUMBERED.fullmatch(option)
         if numbered is None and option not in _OPTIONS:
-            known = ", ".join((*_OPTIONS, "zero1 to zero3", "chunksN"))
+            known = ", ".join((*_OPTIONS, "zero1 to zero3", "chunksN", _GRAPH))
             raise ValueError(f"mesh {text!r} has the unknown option {option!r}: choose of {known}")
         parallel |= _OPTIONS[option] if numbered is None else {numbered[1]: int(numbered[2])}
     ranks = 1
     for size in sizes.values():
         ranks *= size
-    return Layout(text, ranks, parallel)
+    return Layout(text, ranks, parallel, _GRAPH in wanted)

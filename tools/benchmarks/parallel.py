@@ -77,6 +77,7 @@ def measure(
                     recipe=recipe,
                     ranks=layout.ranks,
                     parallel=layout.parallel,
+                    graph=layout.graph,
                     folder=str(Path(folder) / f"run{len(report.rows) + len(report.left_out)}"),
                     cache=job.cache or str(Path(folder) / "data"),
                 )
