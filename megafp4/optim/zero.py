@@ -7,7 +7,9 @@
     step       owners move their pieces; weights are all-gathered as the model reads them
 
 Weights live in flat buffers, so a gather writes them where the model reads them, and the gather of
-one bucket runs during the step of the next. Grid weights are owned by rows and gathered as codes.
+one bucket runs during the step of the next or, where modules wait for their weights
+(:attr:`ZeroOptimizer.arrivals`), during the next forward pass. Grid weights are owned by rows and
+gathered as codes.
 
 With an FP32 wire every number equals that of a serial run bit for bit, where the sum over
 micro-batches does (:mod:`megafp4.parallel.gradients` says when) and the clipping factor, which is
@@ -27,6 +29,7 @@ from megafp4.config import OptimConfig
 from megafp4.errors import CheckpointError, ConfigError, DivergenceError
 from megafp4.numerics.grid import StoreStatistics
 from megafp4.optim.adamw import AdamHyper
+from megafp4.optim.arrivals import Arrivals
 from megafp4.optim.optimizer import grid_of, storage_bytes
 from megafp4.optim.shard_states import (
     OwnedState,
@@ -39,7 +42,7 @@ from megafp4.optim.shard_states import (
 from megafp4.optim.zero_amax import WeightAmax
 from megafp4.optim.zero_grids import GridShards
 from megafp4.parallel.bucket import BUCKET_ELEMENTS, Bucket, plan_buckets
-from megafp4.parallel.collectives import Group, Pending
+from megafp4.parallel.collectives import Group
 from megafp4.parallel.gradients import GradientBuckets, Stage
 from megafp4.parallel.reduce import Reducer, gather_shards
 
@@ -115,6 +118,8 @@ class ZeroOptimizer:
         self._grids = GridShards(grids, [b for b in self.buckets if b.kind == "grid"], group)
         self._weights = [self._adopt(i) for i in range(len(self.buckets))]
         self.gradients = GradientBuckets(self.params, self.buckets, reducer, stage, partial)
+        self.arrivals = Arrivals(self.buckets)
+        """Weights that are being gathered. :meth:`step` waits for them unless modules do."""
         pieces = self._dense_pieces() if weight_amax else {}
         cut_over = Group("tp") if tensor is None else tensor
         self._amax = WeightAmax(pieces, group, cut_over, self.gradients.shards[0].device)
@@ -234,14 +239,14 @@ class ZeroOptimizer:
         scale = self._scale(step, grad_scale)
         skip = None if skip is None else skip.view(1)
         grid_steps: dict[str, StoreStatistics] = {}
-        arriving: list[Pending] = []
+        self.arrivals.wait()
         # Forward reads the last bucket first.
         for index in reversed(range(len(self.buckets))):
             shard, weights = self.gradients.shards[index], self._weights[index]
             if weights is not None:
                 self._step_dense(index, step, lr, scale, skip)
                 what = f"weights of {self.buckets[index].name}"
-                arriving.append(gather_shards(self.group, weights, what))
+                self.arrivals.start(index, gather_shards(self.group, weights, what))
                 continue
             for piece in self._owned[index]:
                 grad = piece.of(shard)
@@ -256,8 +261,8 @@ class ZeroOptimizer:
         self._grids.gather()
         self.grid_statistics = self._grids.statistics(grid_steps)
         self._amax.measure()
-        for pending in arriving:
-            pending.wait()
+        if not self.arrivals.awaited_by_modules:
+            self.arrivals.wait()
         self._mark_weights_written()
 
     def _step_dense(

@@ -140,6 +140,11 @@ class Run:
                 if isinstance(optimizer, ZeroOptimizer) or param.grad is not None:
                     self.precision.magnitudes.record(param, amax)
 
+    def wait_for_weights(self) -> None:
+        """Let what follows read any weight, not only where modules do."""
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.arrivals.wait()
+
     @property
     def writes(self) -> bool:
         """Whether this rank writes the run folder."""

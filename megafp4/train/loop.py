@@ -85,6 +85,7 @@ def train(run: Run) -> Progress:
                 advance(run, progress)
                 signal = agree_to_stop(run.mesh.world, stop.number)
             run.mesh.wait_for_at_most(TIMEOUT)
+            run.wait_for_weights()
             progress.train_loss = land(run, progress.train_loss)
             if progress.saved < progress.done:
                 state.save(run, progress)
@@ -287,6 +288,7 @@ def accumulate_gradients(run: Run, step: int, batches: list[MicroBatch]) -> Tens
     run.precision.step = step
     replayed = None
     if run.recorder is not None:
+        run.wait_for_weights()  # in a replay, no module would
         on_end = [(*batch, first) for batch, first in zip(batches, firsts, strict=True)]
         # On the device, the norm is taken from what the last backward pass has measured.
         replayed = run.recorder.accumulate(on_end, shares, step, measures=_measures(run))

@@ -239,7 +239,7 @@ def make_optimizer(
             elsewhere=elsewhere,
             partial=partial,
         )
-    return ZeroOptimizer(
+    optimizer = ZeroOptimizer(
         params,
         optim,
         seed,
@@ -253,6 +253,9 @@ def make_optimizer(
         weight_amax=weight_amax,
         tensor=mesh.tp,
     )
+    ties = config.model.ties_embeddings and TIED in params
+    optimizer.arrivals.await_in(model, {"head": [TIED]} if ties else {})
+    return optimizer
 
 
 def _reducer(parallel: ParallelConfig, group: Group) -> Reducer:

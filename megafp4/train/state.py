@@ -62,6 +62,7 @@ def save(run: Run, progress: Progress) -> None:
     Raises:
         CheckpointError: A rank could not write.
     """
+    run.wait_for_weights()
     folder, keep = run.folder / "checkpoints", run.train.keep_checkpoints
     carried = run.backend.state_dict(run.device)
     rng = checkpoint.capture_rng(run.device)
