@@ -163,11 +163,13 @@ def run_fit(
     steps: int = 20,
     data: tuple[str, ...] = (),
     tokenizer: str = "bytes",
+    vocab_size: int = 0,
     lr: float = 1e-4,
 ) -> int:
     """Real training steps of what hardly fits on one GPU: losses, and memory by kind.
 
-    Without token files it trains on the text of this Python, as bytes.
+    Without token files it trains on the text of this Python, as bytes. The vocabulary is the
+    preset's unless `--vocab-size` gives another, which fits the tokenizer.
     """
     job = Job(
         preset=preset,
@@ -180,6 +182,7 @@ def run_fit(
         micro_batches=micro_batches,
         data=data,
         tokenizer=tokenizer,
+        vocab_size=vocab_size,
         recompute=recompute,
         dtype="bfloat16",
         lr=lr,
@@ -217,6 +220,7 @@ def run_parallel(
     optim_states: str = "",
     data: tuple[str, ...] = (),
     tokenizer: str = "bytes",
+    vocab_size: int = 0,
     band: float = 0.02,
     single: str = "",
 ) -> int:
@@ -239,6 +243,7 @@ def run_parallel(
         micro_batches=micro_batches,
         data=data,
         tokenizer=tokenizer,
+        vocab_size=vocab_size,
         states=optim_states,
         recompute=recompute,
         dtype="bfloat16",

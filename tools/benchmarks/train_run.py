@@ -55,6 +55,8 @@ class Job:
     data: tuple[str, ...] = ()
     """Token files; none are the text of this Python, as bytes."""
     tokenizer: str = "bytes"
+    vocab_size: int = 0
+    """Rows of the embedding; 0 for the preset's."""
     states: str = ""
     """How the optimizer keeps its states; empty for the preset's way."""
     grad_dtype: str = "float32"
@@ -95,7 +97,12 @@ class Job:
             device=self.device,
             dtype=self.dtype or run.dtype,  # type: ignore[arg-type]
             out=self.folder,
-            model=replace(run.model, dropout=0.0, layers=self.layers or run.model.layers),
+            model=replace(
+                run.model,
+                dropout=0.0,
+                layers=self.layers or run.model.layers,
+                vocab_size=self.vocab_size or run.model.vocab_size,
+            ),
             data=DataConfig(train=tuple(self.data), tokenizer=self.tokenizer, cache=self.cache),
             optim=replace(
                 run.optim,
