@@ -21,17 +21,13 @@ from megafp4_kernels.amax import check_device, check_matrix, scale_from_amax
 from megafp4_kernels.encode import decode_e4m3, encode_minifloat, ladder
 from megafp4_kernels.operators import define
 from megafp4_kernels.pairs import clamp_pair, extremes, fold_pair
-from megafp4_kernels.select import at_most, float_of, search
+from megafp4_kernels.select import MAX_FEATURES, at_most, quantiles, spread
+from megafp4_kernels.tails import ranks
 
 MODES = ("signed", "magnitude")
 RESIDUALS = ("exact", "folded", "none")
-MAX_FEATURES = 65536
-"""Longest token that the registers of a program hold."""
-
-_PACKED_FEATURES = 32768  # counts in both halves of a word must stay below 2^15
 # Features of a warp: of pairs, and number by number, which takes more registers.
 _PAIRED, _SINGLE = 4096, 1024
-_WARPS = 16 * 132  # as many as an H100's SMs hold at once
 
 
 class Clamped(NamedTuple):
@@ -198,6 +194,7 @@ def _write_pairs(
 @triton.jit
 def _occ_kernel(
     x,
+    given,
     data,
     residual,
     scales,
@@ -230,15 +227,15 @@ def _occ_kernel(
         token = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         mask = (column < words) & (token < tokens)
         word = tl.load(x + token * words + column, mask=mask, other=PADDING)
-        searched = word & ABSOLUTE if MAGNITUDE else word
-        low_key, high_key = search(
-            searched, guess_low, guess_high, stride, rank_low, rank_high,
-            INFINITY, MAGNITUDE, PAIRS, FAST, KEY,
-        )  # fmt: skip
-        high = float_of(high_key, PAIRS)
-        low = 0.0 - high if MAGNITUDE else float_of(low_key, PAIRS)
-        guess_low, guess_high = low_key, high_key
-        stride = tl.full((), 4 << KEY_SHIFT, KEY)
+        if given is None:
+            low, high, guess_low, guess_high = quantiles(
+                word, guess_low, guess_high, stride, rank_low, rank_high,
+                MAGNITUDE, PAIRS, FAST, KEY,
+            )  # fmt: skip
+            stride = tl.full((), 4 << KEY_SHIFT, KEY)
+        else:
+            low = tl.load(given + token, mask=token < tokens, other=0.0)
+            high = tl.load(given + tokens + token, mask=token < tokens, other=0.0)
 
         LAST: tl.constexpr = INFINITY - 1 if RESIDUAL == "folded" else INFINITY
         word = tl.where(mask, word, 0)  # infinite padding is not the token's
@@ -277,7 +274,14 @@ def _occ_kernel(
                 tl.atomic_add(saturated, over)
 
 
-def occ(x: Tensor, alpha: float, *, mode: str = "signed", residual: str = "exact") -> Clamped:
+def occ(
+    x: Tensor,
+    alpha: float,
+    *,
+    mode: str = "signed",
+    residual: str = "exact",
+    limits: Tensor | None = None,
+) -> Clamped:
     """Clamp every token at its quantiles and cast it to E2M1 [2501.17116, section 3.2].
 
     Args:
@@ -286,6 +290,9 @@ def occ(x: Tensor, alpha: float, *, mode: str = "signed", residual: str = "exact
         mode: ``signed`` or ``magnitude``.
         residual: ``exact`` returns what was cut off, ``folded`` puts it back into the codes, as
             E4M3 to the nearest even, ``none`` drops it.
+        limits: FP32 [2, tokens]: what to clamp at, where x is a slice of the tokens' features; as
+            :func:`megafp4_kernels.tails.limits` returns them. Neither alpha nor mode has a say
+            then, and ``peak`` may be that of a limit which another rank holds.
 
     Returns:
         See :class:`Clamped`. A token that holds NaN (or, folded, Inf) has codes 0 and NaN
@@ -294,12 +301,16 @@ def occ(x: Tensor, alpha: float, *, mode: str = "signed", residual: str = "exact
     Raises:
         ValueError: Arguments are not as above.
     """
-    data, scale, limits, peak, rest, saturated = torch.ops.megafp4.occ(x, alpha, mode, residual)
-    return Clamped(data, scale, limits, peak, rest if residual == "exact" else None, saturated)
+    data, scale, found, peak, rest, saturated = torch.ops.megafp4.occ(
+        x, alpha, mode, residual, limits
+    )
+    return Clamped(data, scale, found, peak, rest if residual == "exact" else None, saturated)
 
 
-def _occ(x: Tensor, alpha: float, mode: str, residual: str) -> tuple[Tensor, ...]:
-    outputs = _fake_occ(x, alpha, mode, residual)
+def _occ(
+    x: Tensor, alpha: float, mode: str, residual: str, given: Tensor | None
+) -> tuple[Tensor, ...]:
+    outputs = _fake_occ(x, alpha, mode, residual, given)
     check_device(x)
     data, scale, limits, peak, rest, saturated = outputs
     saturated.zero_()
@@ -308,48 +319,37 @@ def _occ(x: Tensor, alpha: float, mode: str, residual: str) -> tuple[Tensor, ...
         for each in (scale, limits, peak):
             each.zero_()
         return outputs
-    pairs = x.dtype == torch.bfloat16
-    per_word = 2 if pairs else 1
-    tile = triton.next_power_of_2(max(features, 64))
-    rank_low = int((1.0 - alpha) * features)
-    share = alpha if mode == "signed" else 2.0 * alpha - 1.0
-    hardware = _has_pairs(x.device)
-    warps = min(32, max(1, tile // (_PAIRED if pairs and hardware else _SINGLE)))
-    steps = triton.cdiv(tokens, max(1, _WARPS // warps))
-    programs = triton.cdiv(tokens, steps)
-    _occ_kernel[(programs,)](
+    how = spread(x, _PAIRED, _SINGLE)
+    smallest, largest = ranks(features, alpha, mode)
+    _occ_kernel[(how.programs,)](
         x.view(torch.int32),
-        data.view(torch.int16 if pairs else torch.uint8),
-        rest.view(torch.int32 if pairs else torch.int16),
+        given,
+        data.view(torch.int16 if how.pairs else torch.uint8),
+        rest.view(torch.int32 if how.pairs else torch.int16),
         scale,
         limits,
         peak,
         saturated,
         tokens,
-        features // per_word,
-        rank_low,
-        features - max(1, features - int(share * features)),
+        features // how.per_word,
+        smallest - 1,
+        features - largest,
         MAGNITUDE=mode == "magnitude",
         RESIDUAL=residual,
-        PAIRS=pairs,
-        FAST=hardware and tile <= _PACKED_FEATURES,
-        HARDWARE=hardware,
-        STEPS=steps,
-        WORDS=tile // per_word,
-        num_warps=warps,
+        PAIRS=how.pairs,
+        FAST=how.fast,
+        HARDWARE=how.hardware,
+        STEPS=how.steps,
+        WORDS=how.tile // how.per_word,
+        num_warps=how.warps,
         enable_fp_fusion=False,  # every product and sum is rounded, as in the specification
     )
     return outputs
 
 
-def _has_pairs(device: torch.device) -> bool:
-    """Whether kernels may use instructions for two BF16 numbers: sm_90 and later, compiled."""
-    if device.type != "cuda" or triton.knobs.runtime.interpret:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _fake_occ(x: Tensor, alpha: float, mode: str, residual: str) -> tuple[Tensor, ...]:
+def _fake_occ(
+    x: Tensor, alpha: float, mode: str, residual: str, given: Tensor | None = None
+) -> tuple[Tensor, ...]:
     check_matrix(x)
     tokens, features = x.shape
     if not 0.5 < alpha < 1.0 or mode not in MODES or residual not in RESIDUALS:
@@ -362,6 +362,10 @@ def _fake_occ(x: Tensor, alpha: float, mode: str, residual: str) -> tuple[Tensor
             f"x has {features} features of {x.dtype}: give at most {MAX_FEATURES}, and an even "
             "number in bfloat16"
         )
+    if given is not None and (given.shape != (2, tokens) or given.dtype != torch.float32):
+        raise ValueError(
+            f"limits are {given.dtype} {list(given.shape)}: give float32 {[2, tokens]}"
+        )
     lines = [x.new_empty(shape, dtype=torch.float32) for shape in ((tokens,), (2, tokens))]
     rest = x.new_empty(x.shape if residual == "exact" else (0,), dtype=torch.bfloat16)
     data = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
@@ -371,7 +375,7 @@ def _fake_occ(x: Tensor, alpha: float, mode: str, residual: str) -> tuple[Tensor
 
 define(
     "occ",
-    "(Tensor x, float alpha, str mode, str residual) "
+    "(Tensor x, float alpha, str mode, str residual, Tensor? limits) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _occ,
     _fake_occ,

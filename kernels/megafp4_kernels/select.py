@@ -7,8 +7,18 @@ BF16 ones, which are then compared two at a time.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+MAX_FEATURES = 65536
+"""Longest line that the registers of a program hold."""
+
+_PACKED_FEATURES = 32768  # counts in both halves of a word must stay below 2^15
+_WARPS = 16 * 132  # as many as an H100's SMs hold at once
 
 
 @triton.jit
@@ -102,3 +112,80 @@ def float_of(key, PAIRS: tl.constexpr):
     """Key -> FP32; a zero is +0."""
     bits = key_of(key.to(tl.int32), 0x7FFF if PAIRS else 0x7FFFFFFF) << (16 if PAIRS else 0)
     return bits.to(tl.float32, bitcast=True) + 0.0
+
+
+@triton.jit
+def quantiles(
+    word,
+    guess_low,
+    guess_high,
+    stride,
+    rank_low,
+    rank_high,
+    MAGNITUDE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    FAST: tl.constexpr,
+    KEY: tl.constexpr,
+):
+    """Two order statistics of a line; by magnitude the second of those and its negative.
+
+    Returns:
+        (FP32 low, FP32 high, their keys).
+    """
+    INFINITY: tl.constexpr = 0x7F80 if PAIRS else 0x7F800000
+    ABSOLUTE: tl.constexpr = 0x7FFF7FFF if PAIRS else 0x7FFFFFFF
+    searched = word & ABSOLUTE if MAGNITUDE else word
+    low_key, high_key = search(
+        searched, guess_low, guess_high, stride, rank_low, rank_high,
+        INFINITY, MAGNITUDE, PAIRS, FAST, KEY,
+    )  # fmt: skip
+    high = float_of(high_key, PAIRS)
+    low = 0.0 - high if MAGNITUDE else float_of(low_key, PAIRS)
+    return low, high, low_key, high_key
+
+
+class Spread(NamedTuple):
+    """How the tokens of a matrix are spread over programs, each of which holds one at a time."""
+
+    programs: int
+    steps: int
+    """Tokens of a program."""
+    warps: int
+    tile: int
+    """Features that a program holds, a power of two."""
+    pairs: bool
+    """Whether a word holds two BF16 numbers."""
+    hardware: bool
+    """Whether kernels may use instructions for two BF16 numbers: sm_90 and later, compiled."""
+
+    @property
+    def per_word(self) -> int:
+        """Features in a word."""
+        return 2 if self.pairs else 1
+
+    @property
+    def fast(self) -> bool:
+        """Whether two numbers are compared at a time."""
+        return self.hardware and self.pairs and self.tile <= _PACKED_FEATURES
+
+
+def spread(x: Tensor, paired: int, single: int) -> Spread:
+    """Spread tokens over programs, all of which run at once.
+
+    Args:
+        x: BF16 or FP32 [tokens, features], both above 0.
+        paired: Features of a warp that takes them in pairs.
+        single: Features of a warp that takes them one by one.
+    """
+    tokens, features = x.shape
+    pairs, hardware = x.dtype == torch.bfloat16, _has_pairs(x.device)
+    tile = triton.next_power_of_2(max(features, 64))
+    warps = min(32, max(1, tile // (paired if pairs and hardware else single)))
+    steps = triton.cdiv(tokens, max(1, _WARPS // warps))
+    return Spread(triton.cdiv(tokens, steps), steps, warps, tile, pairs, hardware)
+
+
+def _has_pairs(device: torch.device) -> bool:
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)

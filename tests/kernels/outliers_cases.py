@@ -11,6 +11,7 @@ from megafp4 import numerics
 from megafp4.numerics import QTensor
 from megafp4_kernels.outliers import Clamped, occ
 from megafp4_kernels.recast import recast
+from megafp4_kernels.tails import limits, ranks, tails
 
 SHAPES = ((5, 100), (3, 96), (8, 128), (2, 1000))
 
@@ -123,7 +124,44 @@ def check_saturation(device: str) -> None:
         assert exact.peak[2].isinf()
 
 
+def check_slices(x: Tensor, size: int, alpha: float, mode: str, residual: str) -> None:
+    """Assert that slices of the features get the codes that the whole tokens get."""
+    whole = occ(x, alpha, mode=mode, residual=residual)
+    smallest, largest = ranks(x.shape[1], alpha, mode)
+    parts = [part.contiguous() for part in x.chunk(size, 1)]
+    sent = torch.cat([tails(part, smallest, largest) for part in parts], 1)
+    few = min(smallest + largest, parts[0].shape[1])
+    assert sent.shape == (x.shape[0], size * few)
+    found = limits(sent, smallest, largest, finite=residual == "folded")
+    same = {"equal_nan": True, "rtol": 0, "atol": 0}
+    torch.testing.assert_close(found, whole.limits, **same)
+    made = [occ(part, alpha, mode=mode, residual=residual, limits=found) for part in parts]
+    data = torch.cat([one.data.view(torch.uint8) for one in made], 1)
+    assert torch.equal(data, whole.data.view(torch.uint8))
+    peak = torch.stack([one.peak for one in made]).amax(0)
+    torch.testing.assert_close(peak, whole.peak, **same)
+    for one in made:
+        torch.testing.assert_close(one.scale, whole.scale, **same)
+    if whole.residual is not None:
+        rest = torch.cat([one.residual for one in made if one.residual is not None], 1)
+        assert torch.equal(rest.view(torch.int16), whole.residual.view(torch.int16))
+
+
+def check_all_slices(device: str) -> None:
+    """Ties, tokens that are not finite, ranks that hold no outlier or nothing else."""
+    for mode, residual, alpha, dtype in (
+        ("signed", "exact", 0.95, torch.bfloat16),
+        ("signed", "folded", 0.6, torch.bfloat16),  # every feature is sent
+        ("magnitude", "none", 0.95, torch.float32),
+    ):
+        x = activations(4, 96, dtype)
+        x[0] = x[0].sort().values  # all the smallest are one rank's, as are the largest
+        x[1, 11], x[3, 7] = -torch.inf, torch.nan
+        check_slices(x.to(device), 2, alpha, mode, residual)
+
+
 if __name__ == "__main__":
     check_all(sys.argv[1])
+    check_all_slices(sys.argv[1])
     check_saturation(sys.argv[1])
     print("same bits")

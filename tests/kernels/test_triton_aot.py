@@ -1,4 +1,4 @@
-"""Kernels that draw compile for Hopper: the interpreter takes what the compiler does not."""
+"""Kernels for slices compile for Hopper: the interpreter takes what the compiler does not."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: pip inst
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from megafp4_kernels import casts, nvfp4  # noqa: E402
+from megafp4_kernels import casts, nvfp4, tails  # noqa: E402
 
 POINTERS = {
     "x": "*bf16", "scale": "*fp32", "position": "*i64", "row_out": "*u8", "col_out": "*u8",
     "block_amax": "*fp32", "tensor_scale": "*fp32", "codes_out": "*u8", "scales_out": "*u8",
-    "values_out": "*bf16",
+    "values_out": "*bf16", "sent": "*bf16", "out": "*fp32",
 }  # fmt: skip
 NUMBERS = dict.fromkeys(
-    ("rows", "cols", "lines", "length", "stream", "sign_stream", "sign_step"), "i32"
+    (
+        *("rows", "cols", "lines", "length", "stream", "sign_stream", "sign_step"),
+        *("tokens", "words", "width", "smallest", "largest"),
+    ),
+    "i32",
 )
 CAST = {
     "SCALE_AXIS": -1, "FORMAT": "int8", "ROUNDING": "stochastic", "PRESCALE": False,
@@ -30,14 +34,22 @@ NVFP4 = {
     "CODES": True, "VALUES": True, "LINES": 16, "K": 32,
 }  # fmt: skip
 
+TAILS = {
+    "MAGNITUDE": False, "PAIRS": True, "FAST": True, "STEPS": 4, "WORDS": 512, "FEW": 64,
+}  # fmt: skip
+LIMITS = {"MAGNITUDE": False, "FINITE": True, "STEPS": 4, "WIDTH": 128}
+WORDS = {"x": "*i32", "out": "*i16"}
+
 
 def ptx_of(name: str, runs: tuple[str, ...], folder: str) -> str:
     """Compile a kernel for Hopper, with or without tables of runs."""
-    kernel, given = {
-        "cast": (casts._cast_kernel, CAST),
-        "nvfp4": (nvfp4._encode_kernel, NVFP4),
+    kernel, given, pointers = {
+        "cast": (casts._cast_kernel, CAST, POINTERS),
+        "nvfp4": (nvfp4._encode_kernel, NVFP4, POINTERS),
+        "tails": (tails._tails_kernel, TAILS, WORDS),
+        "limits": (tails._limits_kernel, LIMITS, POINTERS),
     }[name]
-    known = {**POINTERS, **NUMBERS, "prescale": "fp32", **dict.fromkeys(runs, "*i32")}
+    known = {**pointers, **NUMBERS, "prescale": "fp32", **dict.fromkeys(runs, "*i32")}
     signature = {argument: known.get(argument, "constexpr") for argument in kernel.arg_names}
     constants = {name: given.get(name) for name, kind in signature.items() if kind == "constexpr"}
     source = triton.compiler.ASTSource(kernel, signature, constants)
@@ -47,9 +59,14 @@ def ptx_of(name: str, runs: tuple[str, ...], folder: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("runs", [(), ("row_runs",), ("col_runs",)])
-@pytest.mark.parametrize("name", ["cast", "nvfp4"])
-def test_with_and_without_runs(name: str, runs: tuple[str, ...], tmp_path: Path) -> None:
+RUNS = [(), ("row_runs",), ("col_runs",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [*((name, runs) for name in ("cast", "nvfp4") for runs in RUNS), ("tails", ()), ("limits", ())],
+)
+def test_kernels_compile(name: str, runs: tuple[str, ...], tmp_path: Path) -> None:
     # In a process of its own: the interpreter, once used, stays in Triton's language.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         ptx = pool.apply(ptx_of, (name, runs, str(tmp_path)))
