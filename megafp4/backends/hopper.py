@@ -69,8 +69,8 @@ class HopperBackend:
         wanted: Sequence[CastRequest],
         used: tuple[Operand, torch.Tensor | None] | None = None,
     ) -> list[Operand]:
-        """Cast with kernels, from x itself; see :meth:`megafp4.backends.base.Backend.cast`."""
-        return self._caster.cast(x, wanted)
+        """Cast with kernels; see :meth:`megafp4.backends.base.Backend.cast`."""
+        return self._caster.cast(x, wanted, used)
 
     def cast_apart(
         self, x: torch.Tensor, request: CastRequest

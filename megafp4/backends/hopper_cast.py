@@ -3,10 +3,10 @@
 What is fused: both MXFP4 operands of one matrix; FP8 of a forward pass with the MXFP4 operand that
 its value gives wgrad; both FP8 operands that share a tensor's scale; scaling and casting of rows;
 clamping, scaling and casting to E2M1 with the outliers folded in. Slices, too: kernels draw by the
-place of a slice in the whole, and what ranks share of a scale is reduced between two kernels.
+place of a slice in the whole, and what ranks share of a scale or of a token's outliers is exchanged
+between two kernels.
 Whatever has no kernel is cast by the specification, on the GPU and with the same codes, only
-slower: BitNet's weights, values behind a BF16 operand, and outliers of tokens whose features are
-cut.
+slower: BitNet's weights, and values behind a BF16 operand.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megafp4.backends.base import Operand, PackedOperand, Prepared
+from megafp4.backends.hopper_outliers import Clipped, clip
 from megafp4.backends.hopper_requests import (
     draws,
     is_cut_by_tokens,
@@ -49,7 +50,12 @@ class Caster:
         self.windows = Windows()
         self.positions = Positions()
 
-    def cast(self, x: torch.Tensor, wanted: Sequence[CastRequest]) -> list[Operand]:
+    def cast(
+        self,
+        x: torch.Tensor,
+        wanted: Sequence[CastRequest],
+        used: tuple[Operand, torch.Tensor | None] | None = None,
+    ) -> list[Operand]:
         """See :meth:`megafp4.backends.base.Backend.cast`."""
         x = x.contiguous()
         for request in wanted:
@@ -57,7 +63,8 @@ class Caster:
                 torch.sum(x, 0, dtype=torch.float32, out=request.sums)
         if len(wanted) == 2 and (pair := self._pair(x, *wanted)) is not None:
             return list(pair)
-        return [self._one(x, request) for request in wanted]
+        fprop = used[0] if used is not None and isinstance(used[0], Clipped) else None
+        return [self._one(x, request, fprop) for request in wanted]
 
     def _pair(
         self, x: torch.Tensor, first: CastRequest, second: CastRequest
@@ -82,24 +89,26 @@ class Caster:
             return self._fp4_and_recast(x, first, second)
         return None
 
-    def _one(self, x: torch.Tensor, request: CastRequest) -> Operand:
+    def _one(self, x: torch.Tensor, request: CastRequest, fprop: Clipped | None) -> Operand:
         spec, through = request.operand, request.through
         if not spec.quantized or not is_placed(request):
             return self._specified(x, request)
         if through is not None:
-            return self._through(x, request, through)
+            return self._through(x, request, through, fprop)
         if is_format(request, "mxfp4"):
             row, col = self._mxfp4(x, *(sides(request)))
             return _operand(row if request.axis == 1 else col, request)
         if is_format(request, "nvfp4"):
             return self._nvfp4(x, request)
         if spec.clamp is not None and spec.folds_outliers:
-            return self._fp4(x, request) if is_ladder(request) else self._specified(x, request)
+            return _fp4(x, request) if is_ladder(request) else self._specified(x, request)
         if spec.statistic == "absmax" and request.gemm.hadamard is None:
             return self._lines(x, request)
         return self._specified(x, request)
 
-    def _through(self, x: torch.Tensor, request: CastRequest, through: CastRequest) -> Operand:
+    def _through(
+        self, x: torch.Tensor, request: CastRequest, through: CastRequest, fprop: Clipped | None
+    ) -> Operand:
         """An operand that starts from the value of another."""
         from_e4m3 = is_format(through, "fp8-e4m3") and is_plain_fp8(through)
         if from_e4m3 and is_format(request, "mxfp4") and request.axis == 0:
@@ -107,7 +116,7 @@ class Caster:
             _, col = self._mxfp4(x, None, request, of)
             return _operand(col, request)
         if is_recast(request):
-            return self._recast(x, request, through)
+            return self._recast(x, request, through, fprop)
         return self._specified(x, request)
 
     def _mxfp4(
@@ -183,7 +192,7 @@ class Caster:
         self, x: torch.Tensor, request: CastRequest
     ) -> tuple[Operand, torch.Tensor | None] | None:
         """See :meth:`megafp4.backends.base.Splitting.cast_apart`."""
-        from megafp4_kernels.outliers import MAX_FEATURES, occ
+        from megafp4_kernels.outliers import MAX_FEATURES
 
         clamp = request.operand.clamp
         if clamp is None or clamp.residual == "folded" or not is_ladder(request):
@@ -192,21 +201,13 @@ class Caster:
             return None
         if x.shape[1] % 2 or x.shape[1] > MAX_FEATURES:
             return None
-        found = occ(x.contiguous(), clamp.alpha, mode=clamp.mode, residual=clamp.residual)
-        return Prepared(found.data, found.scale, "fp4-vector"), found.residual
-
-    def _fp4(self, x: torch.Tensor, request: CastRequest) -> Operand:
-        from megafp4_kernels.outliers import occ
-
-        clamp = request.operand.clamp
-        assert clamp is not None
-        found = occ(x, clamp.alpha, mode=clamp.mode, residual="folded")
-        return Prepared(found.data, found.scale, "fp8-e4m3")
+        found = clip(x.contiguous(), request)
+        left = Clipped(found.data, found.scale, "fp4-vector", found.limits, found.peak)
+        return left, found.residual
 
     def _fp4_and_recast(
         self, x: torch.Tensor, first: CastRequest, second: CastRequest
     ) -> tuple[Operand, Operand] | None:
-        from megafp4_kernels.outliers import occ
         from megafp4_kernels.recast import recast
 
         clamp = first.operand.clamp
@@ -217,7 +218,7 @@ class Caster:
             used = Prepared(rows.data, rows.scale, first.operand.format)
             peak = None if made is None else made.peak
         elif first.operand.folds_outliers:
-            found = occ(x, clamp.alpha, mode=clamp.mode, residual="folded")
+            found = clip(x, first)
             used, peak = Prepared(found.data, found.scale, "fp8-e4m3"), found.peak
         else:
             return None
@@ -226,8 +227,9 @@ class Caster:
         assert col is not None
         return used, Prepared(col, of, second.operand.format)
 
-    def _recast(self, x: torch.Tensor, request: CastRequest, through: CastRequest) -> Operand:
-        from megafp4_kernels.outliers import occ
+    def _recast(
+        self, x: torch.Tensor, request: CastRequest, through: CastRequest, fprop: Clipped | None
+    ) -> Operand:
         from megafp4_kernels.recast import recast
 
         clamp = through.operand.clamp
@@ -239,7 +241,7 @@ class Caster:
             peak = shared_peak(used, None if made is None else made.peak, through.part)
             by_row, by_col, of = recast(used.data, used.scale, peak=peak, row=row, col=not row)
         else:
-            found = occ(x, clamp.alpha, mode=clamp.mode, residual=clamp.residual)
+            found = fprop or clip(x, through)
             exact = clamp.residual == "exact"
             by_row, by_col, of = recast(
                 found.data,
@@ -340,6 +342,12 @@ class Caster:
 
 
 _FLOAT8 = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
+
+
+def _fp4(x: torch.Tensor, request: CastRequest) -> Operand:
+    """E2M1 with the outliers folded in, so in E4M3."""
+    found = clip(x, request)
+    return Prepared(found.data, found.scale, "fp8-e4m3")
 
 
 def _sums_of(x: torch.Tensor, request: CastRequest) -> torch.Tensor | None:

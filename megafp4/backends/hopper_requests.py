@@ -76,13 +76,8 @@ def sums_on_the_way(x: torch.Tensor, request: CastRequest) -> bool:
 
 
 def is_ladder(request: CastRequest) -> bool:
-    """Whether it is E2M1 with one scale a row, ties up, as the kernel that clamps rounds it.
-
-    The kernel must see whole rows.
-    """
-    up = request.operand.rounding == "nearest-up"
-    whole = request.part is None or not request.part.peers_along((1,))
-    return up and whole and is_rows_of_e2m1(request)
+    """Whether it is E2M1 with one scale a row, ties up, as the kernel that clamps rounds it."""
+    return request.operand.rounding == "nearest-up" and is_rows_of_e2m1(request)
 
 
 def is_rows_of_e2m1(request: CastRequest) -> bool:

@@ -36,6 +36,7 @@ from megafp4_kernels import (
     nvfp4_amax,
     outliers,
     recast,
+    tails,
 )  # isort: skip
 
 
@@ -311,10 +312,16 @@ class Twins:
         found = amax(x, "nvfp4", axis, "tile" if tile else "block")
         return (found if axis == 1 else found.t()).contiguous()
 
-    def occ(self, x, alpha, *, mode="signed", residual="exact"):  # type: ignore[no-untyped-def]
+    def occ(self, x, alpha, *, mode="signed", residual="exact", limits=None):  # type: ignore[no-untyped-def]
         self.calls.append(f"occ.{residual}")
-        clamped, rest = clamp_outliers(x.float(), alpha, mode)
-        q = quantize(clamped, "fp4-vector", 1, "nearest-up")
+        if limits is None:
+            clamped, rest = clamp_outliers(x.float(), alpha, mode)
+            q = quantize(clamped, "fp4-vector", 1, "nearest-up")
+        else:
+            clamped = x.float().clamp(*limits[:, :, None])
+            rest = x.float() - clamped
+            scales, _ = scales_from_amax(limits.abs().amax(0)[:, None], "fp4-vector")
+            q = encode(clamped, "fp4-vector", scales, 1, "nearest-up", scaling="vector")
         value = q.dequantize()
         if residual == "folded":
             q = fold_outliers(q, x.float(), clamped)
@@ -322,11 +329,23 @@ class Twins:
         elif residual == "none":
             rest = torch.zeros_like(rest)
         peak = (value + rest).abs().amax(1)
-        limits = torch.stack([clamped.amin(1), clamped.amax(1)])
+        if limits is None:
+            limits = torch.stack([clamped.amin(1), clamped.amax(1)])
         saturated = torch.zeros(1, dtype=torch.int32)
         return outliers.Clamped(
             _as_operand(q), q.scales.view(-1), limits, peak, rest.bfloat16(), saturated
         )
+
+    def tails(self, x, smallest, largest):  # type: ignore[no-untyped-def]
+        self.calls.append("tails")
+        low = x.topk(smallest, 1, largest=False).values
+        return torch.cat([low, x.topk(largest, 1).values], 1)
+
+    def limits(self, sent, smallest, largest, *, finite=False):  # type: ignore[no-untyped-def]
+        ordered = sent.float().sort(1).values
+        assert smallest
+        assert not (finite and ordered.isinf().any())
+        return torch.stack([ordered[:, smallest - 1], ordered[:, -largest]])
 
     def recast(self, data, scale, *, peak=None, x=None, limits=None, row=False, col=True):  # type: ignore[no-untyped-def]
         self.calls.append("recast")
@@ -356,6 +375,8 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         (nvfp4, "quantize_nvfp4", twins.nvfp4),
         (nvfp4_amax, "block_magnitudes", twins.block_magnitudes),
         (outliers, "occ", twins.occ),
+        (tails, "tails", twins.tails),
+        (tails, "limits", twins.limits),
         (recast, "recast", twins.recast),
         (recast, "line_peaks", _line_peaks),
     ):

@@ -14,15 +14,16 @@ from megafp4.backends.hopper_cast import Caster
 from megafp4.backends.hopper_state import Positions
 from megafp4.errors import UnsupportedError
 from megafp4.numerics import Key, Origin, Slice
+from megafp4.parallel.cut import Cut
+from megafp4.parallel.gemms import Shard
+from megafp4.precision import Precision
 from megafp4.recipes import Side, get_recipe, recipe_names
 from megafp4.recipes.cast import CastRequest
 from tests.backends.kernel_twins import install
-from tests.backends.slices import Case, Rehearsed
+from tests.backends.slices import AT, Case, Rehearsed, Ungathered
 
 CPU = torch.device("cpu")
 LAYOUTS = [("column", False), ("row", False), ("column", True), ("row", True)]
-# What of a row-parallel linear no kernel makes: a token's outliers are chosen among all features.
-CLAMPED = {"fp4": 1, "fp4-folded": 2}
 
 
 @pytest.fixture
@@ -51,8 +52,7 @@ def check(case: Case, specified: list[str]) -> None:
             expected = case.take(name, whole[name], rank)
             assert torch.equal(value, expected), (rank, name)
             assert len(value.unique()) > 2
-    clamped = case.kind == "row" and case.recipe in CLAMPED
-    assert len(set(specified) - without_kernels) == (CLAMPED[case.recipe] if clamped else 0)
+    assert set(specified) <= without_kernels
 
 
 @pytest.mark.parametrize(("kind", "sequence"), LAYOUTS)
@@ -88,6 +88,20 @@ def test_halves_counted_from_a_pinned_position(
     install(monkeypatch)
     case = Case(recipe, kind, 2, sequence, (256, 128, 128), 128, 128, "cpu", pinned=True)
     check(case, specified)
+
+
+def test_limits_are_exchanged_once(specified: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = install(monkeypatch)
+    op = Ungathered(
+        recipe=get_recipe("fp4"),
+        backend=hopper.HopperBackend(),
+        precision=Precision(7),
+        shard=Shard("row", Cut((256,), 2), Rehearsed(0, 2, [[], []])),  # type: ignore[arg-type]
+    )
+    requests = [op._request("fprop", "a", AT), op._request("wgrad", "b", AT)]
+    op._cast_input(torch.randn(64, 128).bfloat16(), requests, None)
+    assert calls == ["tails", "occ.exact", "recast"]
+    assert not specified
 
 
 def request(dim: int, origin: Origin, axis: int = 1, side: Side = "a") -> CastRequest:
