@@ -118,7 +118,8 @@ class LinearOp:
         if self.precision.probe is None and isinstance(self.backend, Splitting):
             apart = self.backend.cast_apart(x, first)
             if apart is not None:
-                return *apart, self._cast(x, others, apart)
+                a, outliers = apart
+                return self._joined(a, first), outliers, self._cast(x, others, apart)
         inner, outliers = split_outliers(x, first.operand, first.part)
         if inner is x:
             known = amax if first.part is None else None  # of a slice, not of the whole
@@ -126,6 +127,10 @@ class LinearOp:
             return a, outliers, saved
         (a,) = self._cast(inner, [first])  # what is left of x after clamping is not as large
         return a, outliers, self._cast(x, others, (a, outliers))
+
+    def _joined(self, operand: Operand, request: CastRequest) -> Operand:
+        """What is multiplied, where the operand is only of a slice."""
+        return operand
 
     def dgrad(self, dy: Tensor, weight: Tensor, at: Position) -> Tensor:
         """dy [tokens, out], W [out, in] -> dx [tokens, in] in dy's dtype."""

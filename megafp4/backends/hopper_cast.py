@@ -20,7 +20,6 @@ from megafp4.backends.base import Operand, PackedOperand, Prepared
 from megafp4.backends.hopper_outliers import Clipped, clip
 from megafp4.backends.hopper_requests import (
     draws,
-    is_cut_by_tokens,
     is_format,
     is_ladder,
     is_placed,
@@ -197,8 +196,6 @@ class Caster:
         clamp = request.operand.clamp
         if clamp is None or clamp.residual == "folded" or not is_ladder(request):
             return None
-        if is_cut_by_tokens(request):  # cast() is what gives operands that are to be gathered
-            return None
         if x.shape[1] % 2 or x.shape[1] > MAX_FEATURES:
             return None
         found = clip(x.contiguous(), request)
@@ -276,7 +273,6 @@ class Caster:
         if request.part is not None and x.numel():
             blocks = block_magnitudes(x, request.axis, position=at.position, **rotation)
             largest = request.part.largest(amax(blocks, None))
-        gathered = is_cut_by_tokens(request)
         made = quantize_nvfp4(
             x,
             request.axis,
@@ -287,10 +283,10 @@ class Caster:
             **rotation,
             block_amax=blocks,
             largest=largest,
-            codes=gathered,
-            values=not gathered,
+            codes=request.travels,
+            values=not request.travels,
         )
-        if gathered:
+        if request.travels:
             assert made.codes is not None
             fmt = get_format("nvfp4")
             return PackedOperand(made.codes, made.scales, made.tensor_scale, fmt, 1, "block")
@@ -329,7 +325,7 @@ class Caster:
             )
         streams = streams_of(request)
         # Folded, a slice has a window of its own and could not be joined with the others.
-        packed = request.packed or is_cut_by_tokens(request)
+        packed = request.packed or request.travels
         window = None if packed else self.windows.of(streams[0], device)
         return Plan(
             request.gemm.hadamard or 0,

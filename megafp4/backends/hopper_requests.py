@@ -38,11 +38,6 @@ def is_weight(request: CastRequest) -> bool:
     return request.side == "b" and request.key.gemm != "wgrad"
 
 
-def is_cut_by_tokens(request: CastRequest) -> bool:
-    """Whether it is made of some of the tokens, so that its codes will be gathered."""
-    return request.part is not None and request.part.dim == 0 and not is_weight(request)
-
-
 def shares_scale(request: CastRequest) -> bool:
     """Whether other ranks hold elements that have a scale with this slice's in common."""
     part, shared = request.part, request.operand.shared_scale

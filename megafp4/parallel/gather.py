@@ -90,7 +90,7 @@ def _gather_prepared(operand: Prepared, axis: int, group: Group) -> Gathering:
 
     def finish() -> Operand:
         joined = operand.scale if scale is None else scale.wait()
-        return replace(operand, data=_finish(data, dim), scale=joined)
+        return Prepared(_finish(data, dim), joined, operand.format)
 
     return Gathering(finish)
 

@@ -178,7 +178,8 @@ class ShardedOp(LinearOp):
             line, k = origin
             origin = (line, self.shard.origin) if contracted else (self.shard.origin, k)
         part = Slice(self.shard.group, dim, within=request.part)
-        return replace(request, origin=origin, part=part)
+        travels = self._is_gathered(request) or self._waits(request)
+        return replace(request, origin=origin, part=part, travels=travels)
 
     def _cast(
         self,
@@ -187,9 +188,9 @@ class ShardedOp(LinearOp):
         used: tuple[Operand, Tensor | None] | None = None,
     ) -> list[Operand]:
         """Cast this rank's slice, then gather the operands that GEMMs read whole."""
-        gathered = any(self._is_gathered(request) or self._waits(request) for request in requests)
-        # What fprop used is the operand of all tokens, where x is this rank's.
-        operands = super()._cast(x, requests, None if gathered else used)
+        if used is not None and isinstance(used[0], Gathering):
+            used = None  # what fprop multiplies is of all tokens, where x is this rank's
+        operands = super()._cast(x, requests, used)
         plain: dict[torch.dtype, Operand] = {}  # the same cast for two GEMMs travels once
         for i, request in enumerate(requests):
             operand = operands[i]
@@ -202,6 +203,10 @@ class ShardedOp(LinearOp):
                 plain[operand.dtype] = self._start_gather(operand, request.axis)
             operands[i] = plain[operand.dtype]
         return operands
+
+    def _joined(self, operand: Operand, request: CastRequest) -> Operand:
+        gathered = self._is_gathered(request)
+        return self._start_gather(operand, request.axis) if gathered else operand
 
     def _start_gather(self, operand: Operand, axis: int) -> Operand:
         """Give all tokens' operand while it is on its way; only :meth:`_multiply` looks at it."""

@@ -51,6 +51,8 @@ class CastRequest:
     a slice), if these are known."""
     part: Slice | None = None
     """Who holds the rest, if the matrix is a slice."""
+    travels: bool = False
+    """Whether the operand of a slice is to be joined with the others' before it is multiplied."""
 
     @property
     def operand(self) -> OperandSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
@@ -14,11 +15,11 @@ from megafp4.backends.base import PackedOperand, Prepared
 from megafp4.backends.bf16 import decode
 from megafp4.linear_op import LinearOp
 from megafp4.numerics import QTensor
+from megafp4.parallel.context import Zigzag
 from megafp4.parallel.cut import Cut
 from megafp4.parallel.gemms import Shard, ShardedOp
 from megafp4.precision import Position, Precision
 from megafp4.recipes import get_recipe
-from megafp4.recipes.cast import CastRequest
 
 T = TypeVar("T")
 AT = Position(step=5, first_token=64)
@@ -50,6 +51,11 @@ class Rehearsed:
     def side_by_side(self, x: Tensor) -> Tensor:
         return torch.cat(self._others(x), -1)
 
+    def start_all_gather(self, x: Tensor, what: str) -> SimpleNamespace:
+        is_fp8 = x.dtype == torch.float8_e4m3fn
+        joined = torch.cat(self._others(x.view(torch.uint8) if is_fp8 else x)).view(x.dtype)
+        return SimpleNamespace(wait=lambda: joined)
+
 
 def rehearse(size: int, part: Callable[[Rehearsed], T]) -> list[T]:
     """Run the ranks until each has heard what the others say in the end."""
@@ -70,11 +76,8 @@ def rehearse(size: int, part: Callable[[Rehearsed], T]) -> list[T]:
 class Ungathered(ShardedOp):
     """Leaves operands of a sequence as the slices that they are cast as."""
 
-    def _is_gathered(self, request: CastRequest) -> bool:
-        return False
-
-    def _waits(self, request: CastRequest) -> bool:
-        return False
+    def _start_gather(self, operand: Operand, axis: int) -> Operand:
+        return operand
 
 
 def value_of(operand: Operand, axis: int) -> Tensor:
@@ -122,7 +125,7 @@ def _own(op: LinearOp, matrix: str, x: Tensor, at: Position) -> Position:
 
 @dataclass(frozen=True)
 class Case:
-    """A linear under tensor parallelism."""
+    """A linear under tensor parallelism, or of kind ``context``."""
 
     recipe: str
     kind: str
@@ -159,7 +162,10 @@ class Case:
         matrix = {"fprop.a": "x", "wgrad.b": "x", "outliers": "x", "dgrad.a": "dy", "wgrad.a": "dy"}
         kind, column = matrix.get(name, name), self.kind == "column"
         if kind in ("fprop.b", "dgrad.b", "weight"):
-            return self.cut().take(whole, 0 if column else 1, rank)
+            parallel = self.kind != "context"
+            return self.cut().take(whole, 0 if column else 1, rank) if parallel else whole
+        if self.kind == "context":
+            return Zigzag(self.size, rank).take(whole, 0)
         if (kind == "dy") == column:
             return self.cut().take(whole, 1, rank)
         return whole.chunk(self.size)[rank] if self.sequence else whole
@@ -172,6 +178,17 @@ class Case:
     def of_ranks(self) -> list[dict[str, Tensor]]:
         """Values of the operands that every rank makes of its slices."""
         x, dy, weight = self.matrices()
+        recipe = get_recipe(self.recipe)
+
+        def of_context(group: Rehearsed) -> dict[str, Tensor]:
+            op = LinearOp(recipe, HopperBackend(), Precision(SEED), LAYER, "l", self.segments)
+            zigzag = Zigzag(self.size, group.rank)
+            tokens = zigzag.tokens(64, 1, self.tokens)
+            at = AT._replace(first_token=tokens, others=group)
+            return values(op, zigzag.take(x, 0), zigzag.take(dy, 0), weight, at)
+
+        if self.kind == "context":
+            return rehearse(self.size, of_context)
 
         def part(group: Rehearsed) -> dict[str, Tensor]:
             backend, at = HopperBackend(), AT
@@ -180,7 +197,7 @@ class Case:
                 backend.pin_position(SEED, AT.step, AT.first_token, torch.device(self.device))
                 at = Position(step=0, first_token=0)
             op = Ungathered(
-                recipe=get_recipe(self.recipe),
+                recipe=recipe,
                 backend=backend,
                 precision=Precision(SEED),
                 layer=LAYER,

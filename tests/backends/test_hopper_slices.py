@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,18 +11,19 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels import it")
 
 from megafp4.backends import hopper
-from megafp4.backends.base import Operand
+from megafp4.backends.base import Operand, PackedOperand, Prepared
 from megafp4.backends.hopper_cast import Caster
 from megafp4.backends.hopper_state import Positions
 from megafp4.errors import UnsupportedError
 from megafp4.numerics import Key, Origin, Slice
 from megafp4.parallel.cut import Cut
-from megafp4.parallel.gemms import Shard
+from megafp4.parallel.gather import Gathering
+from megafp4.parallel.gemms import Shard, ShardedOp
 from megafp4.precision import Precision
 from megafp4.recipes import Side, get_recipe, recipe_names
 from megafp4.recipes.cast import CastRequest
 from tests.backends.kernel_twins import install
-from tests.backends.slices import AT, Case, Rehearsed, Ungathered
+from tests.backends.slices import AT, Case, Rehearsed, Ungathered, rehearse, value_of
 
 CPU = torch.device("cpu")
 LAYOUTS = [("column", False), ("row", False), ("column", True), ("row", True)]
@@ -88,6 +91,47 @@ def test_halves_counted_from_a_pinned_position(
     install(monkeypatch)
     case = Case(recipe, kind, 2, sequence, (256, 128, 128), 128, 128, "cpu", pinned=True)
     check(case, specified)
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4", "mxfp4-fp8", "nvfp4", "fp8", "fp4", "fp4-folded"])
+def test_sequences(recipe: str, specified: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    check(Case(recipe, "context", 2, False, (128,), 128, 256, "cpu"), specified)
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4"])
+def test_only_what_travels_is_packed(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    asked = replace(request(0, (64, 0)), gemm=get_recipe(recipe).dgrad)
+    for travels, form in ((False, Prepared), (True, PackedOperand)):
+        (made,) = Caster().cast(torch.randn(64, 64), [replace(asked, travels=travels)])
+        assert isinstance(made, form)
+
+
+def test_what_is_left_of_clamped_tokens_is_gathered(
+    specified: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    case = Case("fp4", "column", 2, True, (256,), 128, 128, "cpu")
+    x, _, _ = case.matrices()
+
+    def part(group: Rehearsed) -> Tensor:
+        op = ShardedOp(
+            recipe=get_recipe("fp4"),
+            backend=hopper.HopperBackend(),
+            precision=Precision(7),
+            shard=Shard("column", case.cut(), group, True),  # type: ignore[arg-type]
+        )
+        own = x.chunk(2)[group.rank]
+        a, outliers, _ = op._cast_input(own, [op._request("fprop", "a", AT)], None)
+        assert isinstance(a, Gathering)
+        assert outliers is not None
+        assert outliers.shape == own.shape
+        assert type(a.wait()) is Prepared
+        return value_of(a.wait(), 1)
+
+    whole = case.of_whole()["fprop.a"]
+    assert all(torch.equal(found, whole) for found in rehearse(2, part))
 
 
 def test_limits_are_exchanged_once(specified: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
