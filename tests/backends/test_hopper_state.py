@@ -122,7 +122,7 @@ def test_positions_are_pinned_for_one_device() -> None:
     assert positions.of(request, CPU).position.tolist() == [7, 2, 32, 0]
     positions.pin(2**64 - 1, 9, 64, CPU)
     pinned = positions.of(request, CPU).position
-    assert pinned.tolist() == [-1, 9, 64, 0]
+    assert pinned.tolist() == [-1, 9, 96, 0]
     assert positions.of(weight, CPU).position.tolist() == [-1, 9, 0, 0]
     other = torch.device("meta")
     assert (positions.pinned(CPU), positions.pinned(other)) == (True, False)
@@ -130,7 +130,7 @@ def test_positions_are_pinned_for_one_device() -> None:
     positions.pin(1, 1, 0, other)
     positions.pin(5, 3, 96, CPU)
     assert positions.of(request, CPU).position is pinned
-    assert pinned.tolist() == [5, 3, 96, 0]
+    assert pinned.tolist() == [5, 3, 128, 0]
     assert positions.of(request, other).position.device == other
     positions.unpin()
     assert positions.of(request, CPU).position.tolist() == [7, 2, 32, 0]
