@@ -246,7 +246,7 @@ def test_quantizers_are_held_to_the_specification(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "results.json").read_text())
-    assert len(written["rows"]) == 30
+    assert len(written["rows"]) == 31
     assert {row["error"] for row in written["rows"]} == {0.0}
     families = {row["roofline"]["family"] for row in written["rows"]}
     assert families == {"MXFP4", "8 bits", "NVFP4", "outliers", "amax"}

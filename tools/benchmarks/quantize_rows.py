@@ -21,7 +21,7 @@ from megafp4.numerics import (
     quantize,
 )
 from megafp4.numerics.formats import E4M3
-from megafp4_kernels import amax, casts, mxfp4, nvfp4, outliers, recast
+from megafp4_kernels import amax, casts, mxfp4, nvfp4, outliers, recast, tails
 
 _SEED, _STEP = 11, 3
 _ALPHA = 0.99
@@ -260,6 +260,27 @@ def _outlier_rows(x: Tensor) -> Iterator[Row]:
         )
 
     yield Row("recast to fp8-e4m3, col", "outliers", work, recast_check, 0.0, 1, 1, 3)
+    yield _slice_row(x)
+
+
+def _slice_row(x: Tensor) -> Row:
+    """What each of two ranks does that hold the same features, all but the exchange."""
+    few = tails.ranks(2 * x.shape[1], _ALPHA, "signed")
+
+    def work() -> outliers.Clamped:
+        picked = tails.tails(x, *few)
+        limits = tails.limits(torch.cat([picked, picked], 1), *few)
+        return outliers.occ(x, _ALPHA, limits=limits)
+
+    def check() -> float:
+        operand, _ = _clamped(torch.cat([x, x], 1), "exact")
+        found = work()
+        return max(
+            _differing(found.data.float(), operand.values()[:, : x.shape[1]]),
+            _differing(found.scale, operand.scales[:, 0]),
+        )
+
+    return Row("occ 0.99, exact, half of a row", "outliers", work, check, 0.0, 4, 3, 5)
 
 
 def _position(x: Tensor) -> Tensor:
