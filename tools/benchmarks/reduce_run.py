@@ -64,7 +64,7 @@ class Way(NamedTuple):
     source: torch.dtype
     """Type of the gradients."""
     kind: str
-    """``library``, ``fp8``, ``bf16`` or ``fp8-lm``."""
+    """``library``, ``fp8``, ``fp8-peers``, ``bf16`` or ``fp8-lm``."""
     scatters: bool
     """Whether each rank keeps its shard, or every rank all of it."""
     work: Callable[[Tensor, Tensor], object]
@@ -79,6 +79,7 @@ def ways(group: Group, setup: Setup) -> list[Way]:
     The library's sums are timed alone, without the casts and the scaling that ours do.
     """
     found = []
+    peers = _peers(group) if setup.device == "cuda" else None
     for label, dtype in (("BF16", torch.bfloat16), ("FP32", torch.float32)):
         for scatters in (True, False):
             operation = "reduce-scatter" if scatters else "all-reduce"
@@ -100,11 +101,19 @@ def ways(group: Group, setup: Setup) -> list[Way]:
             reducers: dict[str, Any] = dict(ours)
             if scatters:
                 reducers["fp8-lm"] = SharedScaleReducer(group)
+            if scatters and peers is not None:
+                reducers["fp8-peers"] = peers
             for name, reducer in reducers.items():
                 mean = _mean(reducer, scatters)
                 kind = name.split(",")[0]
                 found.append(Way(f"{prefix}, {name}", dtype, kind, scatters, mean, mean))
     return sorted(found, key=lambda way: (not way.scatters, way.kind != "library"))
+
+
+def _peers(group: Group) -> Any:
+    from megafp4.parallel.peers import PeerReducer  # symmetric memory takes time to import
+
+    return PeerReducer(group)
 
 
 def run(given: Mapping[str, Any]) -> dict[str, Any]:
