@@ -199,6 +199,13 @@ class Recorder:
             # Threads of the communication library go on meanwhile.
             with torch.cuda.graph(made.graph, pool=self._pool, capture_error_mode="thread_local"):
                 made.loss = self._run(made.tokens, made.targets, made.share, last=last)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UnsupportedError(
+                f"the pass cannot be recorded as a CUDA graph ({cause}): leave train.cuda_graph off"
+            ) from error
         finally:
             self._precision.ledger = ledger
         made.traffic = self._traffic.since(sent)
