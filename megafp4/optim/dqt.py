@@ -1,7 +1,8 @@
 """The optimizer step of a weight that lives on a grid: Adam, then stochastic rounding.
 
 There is no master weight. The FP32 value exists for the length of one call: the stored code is
-decoded, moved by Adam and rounded back, so nothing survives but the new code and the two moments.
+decoded, moved by Adam and rounded back, so nothing survives but the new code and the two moments,
+which a codec may keep in 8 bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.philox import Key
 from megafp4.numerics.rounding import Rounding
 from megafp4.optim.adamw import AdamHyper
+from megafp4.optim.states import GridCodec, State
 
 DITHER_BITS = 32
 """A late update is 1e-4 of a grid step or less: 8 random bits would never let it through."""
@@ -61,3 +63,35 @@ def dqt_step(
     if hyper.weight_decay:
         weight.add_(weight, alpha=-hyper.lr * hyper.weight_decay)
     return grid.store(weight, key, rounding=rounding, dither_bits=DITHER_BITS)
+
+
+def grid_step(
+    codec: GridCodec,
+    grid: GridWeight,
+    grad: Tensor,
+    state: State,
+    hyper: AdamHyper,
+    step: int,
+    seed: int,
+) -> StoreStatistics:
+    """Take a step of a weight, or of some of its rows, with moments that a codec keeps.
+
+    Args:
+        codec: How the moments are kept.
+        grid: Weight; its codes are overwritten.
+        grad: FP32 gradient, of as many elements.
+        state: Of the codec's ``adopt``; overwritten.
+        hyper: Constants of this step.
+        step: Index of this step, counted from 0.
+        seed: Seed of the run.
+
+    Raises:
+        DivergenceError: The new weight is not finite.
+    """
+    m, v = codec.decode_moments(state)
+    shape, count = grid.shape, grid.shape.numel()
+    key = Key(seed, step, grid.layer, "update", "b")
+    used = [one.view(-1)[:count].view(shape) for one in (m, v)]
+    found = dqt_step(grid, grad.view(shape), used[0], used[1], hyper, step, key)
+    codec.encode_moments(m, v, state)
+    return found

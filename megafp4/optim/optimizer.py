@@ -5,7 +5,7 @@
   has fewer than two dims (biases, norm gains) keeps FP32. On a GPU all parameters of a codec move
   in one launch and one pass over memory.
 * A parameter with a ``.grid`` owns no memory; its :class:`~megafp4.numerics.grid.GridWeight` takes
-  a Direct Quantized Training step and keeps FP32 moments.
+  a Direct Quantized Training step. Its moments are FP32, or COAT's 8 bits.
 
 Weight decay applies to tensors of two or more dims (matrices and embeddings) and never to biases
 and norm gains.
@@ -24,10 +24,18 @@ from megafp4.errors import CheckpointError, ConfigError, DivergenceError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.philox import Key
 from megafp4.optim.adamw import AdamHyper, StepNumbers
-from megafp4.optim.dqt import dqt_step
+from megafp4.optim.dqt import grid_step
 from megafp4.optim.fused import Dense, FusedSteps
 from megafp4.optim.quantizers import Draw
-from megafp4.optim.states import CODECS, State, StateCodec, codec_step
+from megafp4.optim.states import (
+    CODECS,
+    GRID_CODECS,
+    FP32States,
+    GridCodec,
+    State,
+    StateCodec,
+    codec_step,
+)
 
 
 class Optimizer:
@@ -136,10 +144,8 @@ class Optimizer:
             grad = param.grad.float()
             if grad_scale != 1.0:
                 grad = grad * grad_scale
-            state, key = self.states[name], Key(self.seed, step, grid.layer, "update", "b")
-            self.grid_statistics[name] = dqt_step(
-                grid, grad, state["exp_avg"], state["exp_avg_sq"], self._hyper(param, lr), step, key
-            )
+            codec, state, hyper = grid_codec(self.config), self.states[name], self._hyper(param, lr)
+            self.grid_statistics[name] = grid_step(codec, grid, grad, state, hyper, step, self.seed)
 
     def _dense_step(self, step: int, lr: float, scale: Tensor | None, skip: Tensor | None) -> None:
         """Move all dense parameters, those of one codec and one weight decay together."""
@@ -288,9 +294,15 @@ def build_optimizer(
 
 
 def codec_of(param: Tensor, config: OptimConfig) -> StateCodec:
-    """How a parameter is kept: as configured if it is a dense matrix, else in FP32."""
-    matrix = param.dim() >= 2 and grid_of(param) is None
-    return CODECS[config.states if matrix else "fp32"]
+    """How a parameter is kept: as configured if it is a matrix, else in FP32."""
+    if grid_of(param) is not None:
+        return grid_codec(config)
+    return CODECS[config.states if param.dim() >= 2 else "fp32"]
+
+
+def grid_codec(config: OptimConfig) -> GridCodec:
+    """How the moments of weights on a grid are kept."""
+    return GRID_CODECS.get(config.states, _FP32)
 
 
 def grid_of(param: Tensor) -> GridWeight | None:
@@ -341,4 +353,5 @@ def _amax(weight: Tensor) -> Tensor:
     return weight.detach().abs().amax().float() if weight.numel() else torch.zeros(())
 
 
+_FP32 = FP32States()
 _KINDS = sorted({kind for codec in CODECS.values() for kind in codec.dtypes})

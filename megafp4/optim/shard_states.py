@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megafp4.config import OptimConfig
+from megafp4.errors import ConfigError
 from megafp4.numerics import Key
 from megafp4.optim.adamw import AdamHyper, StepNumbers
 from megafp4.optim.fused import Dense, FusedSteps
-from megafp4.optim.optimizer import codec_of, grid_of
+from megafp4.optim.optimizer import codec_of, grid_codec, grid_of
 from megafp4.optim.quantizers import GROUP, Draw
-from megafp4.optim.states import State, codec_step
+from megafp4.optim.states import GridCodec, State, codec_step
 from megafp4.parallel.bucket import Bucket, Piece
 from megafp4.parallel.collectives import Group
 
@@ -97,6 +98,23 @@ class PieceStates:
         key, index = self._keys[piece.name], len(self._dense)
         self._dense[piece.name] = Dense(own, codec, state, key, index, piece.start)
 
+    def check_rows(self, bucket: Bucket) -> None:
+        """Refuse rows of grid weights, of any rank, whose moments would share a scale.
+
+        Raises:
+            ConfigError: Some begin within a group of 128 elements.
+        """
+        if not grid_codec(self._config).group_dtypes:
+            return
+        for piece in bucket.pieces:
+            if piece.start % GROUP:
+                rows, width = self._params[piece.name].shape
+                raise ConfigError(
+                    f"optim.states {self._config.states} keeps moments in groups of {GROUP} and "
+                    f"{bucket.ranks} ranks cut {piece.name!r} [{rows}, {width}] within one: choose "
+                    f"a width that is a multiple of {GROUP}, or optim.states fp32"
+                )
+
     def adopt_grid(self, piece: Piece) -> None:
         """Begin to keep the moments of rows of a grid weight."""
         param = self._params[piece.name]
@@ -143,10 +161,9 @@ class PieceStates:
             weight, draw = one.param.detach(), Draw(one.key._replace(step=step), one.start)
             codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, draw)
 
-    def moments(self, name: str) -> tuple[Tensor, Tensor]:
-        """FP32 moments of the owned rows of a grid weight, flat."""
-        state = self._states[name]
-        return state["exp_avg"], state["exp_avg_sq"]
+    def of_grid(self, name: str) -> tuple[GridCodec, State]:
+        """How the moments of the owned rows of a grid weight are kept, and they themselves."""
+        return grid_codec(self._config), self._states[name]
 
     def layout(self, name: str) -> dict[str, StateKind]:
         """What is kept of a parameter, whether or not this rank owns a piece of it."""

@@ -13,6 +13,9 @@ eco       BF16                    BF16, and what was lost     as coat's         
 
 .. [1] Weight + the codec's state. Scales belong to groups of 128 elements of the flat tensor.
 
+A weight on a grid is its own only copy (:mod:`megafp4.optim.dqt`); ``coat`` and ``coat-sr`` keep
+its moments as ``coat`` does, 2.13 bytes, and the others in FP32.
+
 A step decodes to FP32, moves (:func:`megafp4.optim.adamw.adamw_update`) and encodes; the weight is
 moved by the moments before these are rounded. The functions here are the specification, on any
 device; ``megafp4_kernels.adamw`` does the same in one pass over memory, bit for bit.
@@ -100,7 +103,22 @@ class StateCodec(ABC):
         """Store weight and moments, of the shape that :meth:`decode` gave them."""
 
 
-class FP32States(StateCodec):
+class GridCodec(StateCodec):
+    """A codec that can keep the moments of a weight without the weight."""
+
+    @abstractmethod
+    def decode_moments(self, state: State) -> tuple[Tensor, Tensor]:
+        """Contiguous FP32 moments, in the order of the elements, perhaps with zeros behind them.
+
+        They may be the stored tensors themselves.
+        """
+
+    @abstractmethod
+    def encode_moments(self, m: Tensor, v: Tensor, state: State) -> None:
+        """Store what :meth:`decode_moments` gave and was changed since."""
+
+
+class FP32States(GridCodec):
     """FP32 throughout, as in Megatron: the parameter is its own master."""
 
     name = "fp32"
@@ -112,6 +130,13 @@ class FP32States(StateCodec):
         return weight, state["exp_avg"], state["exp_avg_sq"]
 
     def encode(self, moved: Moved, weight: Tensor, state: State, step: Step) -> None:
+        """Nothing to do: what moved is what is stored."""
+
+    def decode_moments(self, state: State) -> tuple[Tensor, Tensor]:
+        """Give the stored tensors themselves."""
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def encode_moments(self, m: Tensor, v: Tensor, state: State) -> None:
         """Nothing to do: what moved is what is stored."""
 
 
@@ -183,7 +208,7 @@ class FP8LMStates(StateCodec):
         state["exponents"].copy_(torch.cat([of_m, of_v], 1))
 
 
-class CoatStates(StateCodec):
+class CoatStates(GridCodec):
     """COAT's states [2410.19313, sec. 4]: both moments in E4M3 with dynamic range expansion.
 
     The master is FP32 and is the parameter, as in the authors' code. Each group of 128 keeps the
@@ -203,16 +228,23 @@ class CoatStates(StateCodec):
 
     def decode(self, weight: Tensor, state: State) -> Moved:
         """Contract the ranges of both moments."""
-        largest_m, power_m, largest_v, power_v = state["ranges"].t().unsqueeze(-1).contiguous()
-        m = q.contract(_grouped_codes(state["exp_avg"]), largest_m, power_m)
-        v = q.contract(_grouped_codes(state["exp_avg_sq"]), largest_v, power_v)
-        return q.grouped(weight), m, v
+        return q.grouped(weight), *self.decode_moments(state)
 
     def encode(self, moved: Moved, weight: Tensor, state: State, step: Step) -> None:
         """Expand the ranges of both new moments."""
         new, m, v = moved
-        of_m, of_v = q.expansion(m), q.expansion(v)
         self._put_weight(weight, new, step)
+        self.encode_moments(m, v, state)
+
+    def decode_moments(self, state: State) -> tuple[Tensor, Tensor]:
+        """Contract the ranges of both moments, [groups, 128]."""
+        largest_m, power_m, largest_v, power_v = state["ranges"].t().unsqueeze(-1).contiguous()
+        m = q.contract(_grouped_codes(state["exp_avg"]), largest_m, power_m)
+        return m, q.contract(_grouped_codes(state["exp_avg_sq"]), largest_v, power_v)
+
+    def encode_moments(self, m: Tensor, v: Tensor, state: State) -> None:
+        """Expand the ranges of both new moments."""
+        of_m, of_v = q.expansion(m), q.expansion(v)
         q.put(state["exp_avg"], q.expand(m, *of_m))
         q.put(state["exp_avg_sq"], q.expand(v, *of_v))
         state["ranges"].copy_(torch.cat([*of_m, *of_v], 1))
@@ -287,6 +319,9 @@ CODECS: dict[str, StateCodec] = {
     )
 }
 """By the value of ``optim.states``."""
+
+GRID_CODECS: dict[str, GridCodec] = {"coat": CoatStates(), "coat-sr": CoatStates()}
+"""Those of weights on a grid, by the value of ``optim.states``; FP32 for the others."""
 
 
 @torch.no_grad()

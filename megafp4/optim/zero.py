@@ -18,36 +18,32 @@ taken from a sum of squares in another order (FP64) and rounded to FP32, is the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from megafp4.config import OptimConfig
-from megafp4.errors import CheckpointError, ConfigError, DivergenceError
+from megafp4.errors import ConfigError
 from megafp4.numerics.grid import StoreStatistics
 from megafp4.optim.adamw import AdamHyper
 from megafp4.optim.arrivals import Arrivals
-from megafp4.optim.optimizer import grid_of, storage_bytes
+from megafp4.optim.optimizer import grid_of
 from megafp4.optim.shard_states import (
-    OwnedState,
     PieceStates,
-    StateKind,
     bucket_kinds,
-    rows_of,
-    whole_state,
 )
+from megafp4.optim.sharded import ShardedOptimizer
 from megafp4.optim.zero_amax import WeightAmax
 from megafp4.optim.zero_grids import GridShards
-from megafp4.parallel.bucket import BUCKET_ELEMENTS, Bucket, plan_buckets
+from megafp4.parallel.bucket import BUCKET_ELEMENTS, Bucket, Piece, plan_buckets
 from megafp4.parallel.collectives import Group
 from megafp4.parallel.gradients import GradientBuckets, Stage
 from megafp4.parallel.reduce import Reducer, gather_shards
 
 
-class ZeroOptimizer:
+class ZeroOptimizer(ShardedOptimizer):
     """AdamW and Direct Quantized Training with state sharded over data parallelism.
 
     One step is ``for each micro-batch: begin(last); loss.backward()``, then ``clip`` and ``step``.
@@ -113,7 +109,9 @@ class ZeroOptimizer:
             by_rows=["grid"],
             bucket_elements=bucket_elements,
         )
+        self._homes = {name: bucket for bucket in self.buckets for name in bucket.names}
         self._owned = [bucket.owned(group.rank) for bucket in self.buckets]
+        self._pieces = {piece.name: piece for owned in self._owned for piece in owned}
         grids = {name: grid for name, param in self.params.items() if (grid := grid_of(param))}
         self._grids = GridShards(grids, [b for b in self.buckets if b.kind == "grid"], group)
         self._weights = [self._adopt(i) for i in range(len(self.buckets))]
@@ -147,6 +145,7 @@ class ZeroOptimizer:
         """
         bucket, owned = self.buckets[index], self._owned[index]
         if bucket.kind == "grid":
+            self._states.check_rows(bucket)
             for piece in owned:
                 self._states.adopt_grid(piece)
             return None
@@ -177,14 +176,7 @@ class ZeroOptimizer:
         self.gradients.begin(last)
 
     def norm(self) -> Tensor:
-        """Global L2 norm of the summed gradients, FP64 0-dim, the same on all ranks.
-
-        Squares are summed in FP64. What is not finite on any rank is not finite here.
-
-        Raises:
-            ConfigError: A parameter got no gradient in this step.
-            CommunicationError: Another rank is gone.
-        """
+        """See :meth:`ShardedOptimizer.norm`."""
         self.gradients.finish()
         counted = [
             piece.of(shard)
@@ -198,29 +190,6 @@ class ZeroOptimizer:
             square += norms.square().sum()
         square = self.group.all_reduce(square, "gradient norm")
         return self._model.all_reduce(square, "gradient norm").sqrt().view(())
-
-    def clip(self, max_norm: float) -> tuple[float, float]:
-        """Measure the norm and the factor that clips it, as :func:`megafp4.optim.clip_grad_norm`.
-
-        Raises:
-            ConfigError: ``max_norm`` is negative or NaN, or as :meth:`norm`.
-            CommunicationError: Another rank is gone.
-        """
-        norm, scale = self.clip_on_device(max_norm)
-        return float(norm), float(scale)
-
-    def clip_on_device(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """As :func:`megafp4.optim.clip_grad_norm_on_device`: FP64, 0-dim; NaN if not finite.
-
-        Raises:
-            ConfigError: As :meth:`clip`.
-            CommunicationError: Another rank is gone.
-        """
-        if not max_norm >= 0:
-            raise ConfigError(f"optim.clip_grad is {max_norm}: give 0 (off) or a positive norm")
-        norm = self.norm()
-        limited = max_norm / norm.clamp(min=max_norm) if max_norm else torch.ones_like(norm)
-        return norm, torch.where(norm.isfinite(), limited, math.nan)
 
     def step(
         self,
@@ -253,7 +222,7 @@ class ZeroOptimizer:
                 grid_steps[piece.name] = self._grids.step(
                     piece.name,
                     grad if scale is None else grad * scale,
-                    self._states.moments(piece.name),
+                    self._states.of_grid(piece.name),
                     self._hyper(piece.name, lr),
                     step,
                     self.seed,
@@ -276,101 +245,21 @@ class ZeroOptimizer:
         for hyper, grads in groups.items():
             self._states.step(grads, hyper, step, scale, skip)
 
-    def _scale(self, step: int, grad_scale: float | Tensor) -> Tensor | None:
-        if isinstance(grad_scale, Tensor):
-            return grad_scale.float().view(1)
-        if not math.isfinite(grad_scale):
-            raise DivergenceError(
-                f"the gradients of step {step} hold NaN or Inf: lower the learning rate or go on "
-                "from an earlier checkpoint"
-            )
-        if grad_scale == 1.0:
-            return None
-        return torch.full((1,), grad_scale, device=self.gradients.shards[0].device)
-
     def _mark_weights_written(self) -> None:
         """Tell operands made from weights that these changed, which a gather hides from them."""
         for param in self.params.values():
             if grid_of(param) is None:
                 torch.autograd.graph.increment_version(param)
 
-    def _hyper(self, name: str, lr: float) -> AdamHyper:
-        return AdamHyper(lr, self.config.betas, self.config.eps, self.decay_of(self.params[name]))
-
-    def decay_of(self, param: Tensor) -> float:
-        """Weight decay of a parameter: the configured one for two or more dims, else 0."""
-        return self.config.weight_decay if param.dim() >= 2 else 0.0
-
     def zero_grad(self) -> None:
         """Drop every gradient."""
         self.gradients.clear()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole state by kind and parameter, ``exp_avg.<parameter>`` say, on every rank.
+    def _layout(self, name: str) -> Bucket:
+        return self._homes[name]
 
-        Shapes are the parameters' (or those of their scales), so any number of ranks, or one
-        without ZeRO, can go on from it. Every rank must call this.
-
-        Raises:
-            CommunicationError: Another rank is gone.
-        """
-        return {
-            f"{label}.{name}": whole_state(
-                bucket, name, kind, self._states.read(name, label), self.group
-            ).view(self.params[name].shape if kind.group == kind.width == 1 else (-1, kind.width))
-            for label, bucket, name, kind in self._kinds()
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` returned, perhaps for another number of ranks.
-
-        Weights are the model's own to load, before this. Every rank must call it.
-
-        Raises:
-            CheckpointError: Names, sizes or types are not this optimizer's; nothing has changed
-                then.
-            CommunicationError: Another rank is gone.
-        """
-        expected = {f"{label}.{name}": (name, kind) for label, _, name, kind in self._kinds()}
-        strange = sorted(expected.keys() ^ state.keys())
-        if strange:
-            where = "lacks" if strange[0] in expected else "has an unknown"
-            raise CheckpointError(
-                f"the saved optimizer {where} {strange[0]!r} ({len(strange)} names differ): load "
-                "the optimizer of the same model and recipe"
-            )
-        for key, (name, kind) in expected.items():
-            count = rows_of(self.params[name].numel(), kind) * kind.width
-            if state[key].numel() != count or state[key].dtype != kind.dtype:
-                raise CheckpointError(
-                    f"{key!r} of the saved optimizer is {state[key].dtype} "
-                    f"{list(state[key].shape)}, expected {kind.dtype} of {count} elements: load "
-                    "the optimizer of the same model and recipe"
-                )
-        owned = {piece.name: piece for pieces in self._owned for piece in pieces}
-        for label, _, name, kind in self._kinds():
-            if name in owned:
-                mine, piece = self._states.read(name, label), owned[name]
-                rows = state[f"{label}.{name}"].reshape(-1, kind.width)
-                part = rows[piece.start // kind.group : rows_of(piece.stop, kind)]
-                mine.copy_(part.reshape(mine.shape))
-        self._amax.measure()
-
-    def _kinds(self) -> Iterator[tuple[str, Bucket, str, StateKind]]:
-        """(label, bucket, parameter, kind) of all state, alike on all ranks."""
-        homes = {name: bucket for bucket in self.buckets for name in bucket.names}
-        for name in self.params:
-            for label, kind in self._states.layout(name).items():
-                yield label, homes[name], name, kind
-
-    def owned_states(self) -> Iterator[OwnedState]:
-        """All kinds of state of all parameters, with the memory of what this rank owns of them."""
-        owned = {piece.name: piece for pieces in self._owned for piece in pieces}
-        for label, _, name, kind in self._kinds():
-            piece = owned.get(name)
-            start, stop = (0, 0) if piece is None else (piece.start, piece.stop)
-            memory = None if piece is None else self._states.read(name, label)
-            yield OwnedState(name, label, kind, start, stop, memory)
+    def _piece(self, name: str) -> Piece | None:
+        return self._pieces.get(name)
 
     def weights_loaded(self) -> None:
         """Look at the weights again, which were loaded; every rank must call this.
@@ -379,10 +268,6 @@ class ZeroOptimizer:
             CommunicationError: Another rank is gone.
         """
         self._amax.measure()
-
-    def state_bytes(self) -> int:
-        """Bytes of this rank's state, measured on storages."""
-        return storage_bytes(self._states.tensors())
 
 
 def _check(params: Mapping[str, nn.Parameter], partial: Mapping[str, Group]) -> None:

@@ -9,31 +9,30 @@ losses, weights and states are those of a serial run bit for bit, as in stage 2 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from megafp4.config import OptimConfig
-from megafp4.errors import ConfigError, DivergenceError, UnsupportedError
-from megafp4.numerics import Key
+from megafp4.errors import ConfigError, UnsupportedError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.optim.adamw import AdamHyper
-from megafp4.optim.dqt import dqt_step
+from megafp4.optim.dqt import grid_step
 from megafp4.optim.optimizer import codec_of, grid_of, storage_bytes
 from megafp4.optim.quantizers import GROUP
-from megafp4.optim.shard_states import PieceStates, StateKind, rows_of, whole_state
-from megafp4.optim.zero3_state import check_saved, layout_of, saved_rows
+from megafp4.optim.shard_states import PieceStates, StateKind, whole_state
+from megafp4.optim.sharded import ShardedOptimizer
+from megafp4.optim.zero3_state import layout_of, saved_rows
 from megafp4.optim.zero_grids import grid_rows
-from megafp4.parallel.bucket import Piece
+from megafp4.parallel.bucket import Bucket, Piece
 from megafp4.parallel.collectives import Group
 from megafp4.parallel.fsdp import ShardedModel, shard_model, share_of
 from megafp4.parallel.reduce import Reducer
 
 
-class Zero3Optimizer:
+class Zero3Optimizer(ShardedOptimizer):
     """AdamW and Direct Quantized Training of a model that it cuts over data parallelism.
 
     Calls are those of :class:`~megafp4.optim.zero.ZeroOptimizer`: ``for each micro-batch:
@@ -142,14 +141,7 @@ class Zero3Optimizer:
         self.sharded.begin()
 
     def norm(self) -> Tensor:
-        """Global L2 norm of the summed gradients, FP64 0-dim, the same on all ranks.
-
-        Squares are summed in FP64. What is not finite on any rank is not finite here.
-
-        Raises:
-            ConfigError: A parameter got no gradient in this step.
-            CommunicationError: Another rank is gone.
-        """
+        """See :meth:`ShardedOptimizer.norm`."""
         grads = self._gradients()
         self._sum_partial(grads)
         counted = [grad for name, grad in grads.items() if name not in self._elsewhere]
@@ -188,29 +180,6 @@ class Zero3Optimizer:
                 )
         return {name: grad for name, grad in found.items() if grad is not None}
 
-    def clip(self, max_norm: float) -> tuple[float, float]:
-        """Measure the norm and the factor that clips it, as :func:`megafp4.optim.clip_grad_norm`.
-
-        Raises:
-            ConfigError: ``max_norm`` is negative or NaN, or as :meth:`norm`.
-            CommunicationError: Another rank is gone.
-        """
-        norm, scale = self.clip_on_device(max_norm)
-        return float(norm), float(scale)
-
-    def clip_on_device(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """As :func:`megafp4.optim.clip_grad_norm_on_device`: FP64, 0-dim; NaN if not finite.
-
-        Raises:
-            ConfigError: As :meth:`clip`.
-            CommunicationError: Another rank is gone.
-        """
-        if not max_norm >= 0:
-            raise ConfigError(f"optim.clip_grad is {max_norm}: give 0 (off) or a positive norm")
-        norm = self.norm()
-        limited = max_norm / norm.clamp(min=max_norm) if max_norm else torch.ones_like(norm)
-        return norm, torch.where(norm.isfinite(), limited, math.nan)
-
     def step(
         self,
         step: int,
@@ -242,10 +211,8 @@ class Zero3Optimizer:
         self.grid_statistics = self._statistics(moved)
 
     def _grid_step(self, name: str, grad: Tensor, hyper: AdamHyper, step: int) -> StoreStatistics:
-        grid = self.sharded.grids[name]
-        m, v = (one.view(grid.shape) for one in self._states.moments(name))
-        key = Key(self.seed, step, grid.layer, "update", "b")
-        return dqt_step(grid, grad.view(grid.shape), m, v, hyper, step, key)
+        codec, state = self._states.of_grid(name)
+        return grid_step(codec, self.sharded.grids[name], grad, state, hyper, step, self.seed)
 
     def _statistics(self, moved: Mapping[str, StoreStatistics]) -> dict[str, StoreStatistics]:
         """Add up what the ranks' steps did to each grid weight."""
@@ -257,25 +224,6 @@ class Zero3Optimizer:
             name: StoreStatistics(flips[i], saturated[i], self.params[name].numel())
             for i, name in enumerate(moved)
         }
-
-    def _scale(self, step: int, grad_scale: float | Tensor) -> Tensor | None:
-        if isinstance(grad_scale, Tensor):
-            return grad_scale.float().view(1)
-        if not math.isfinite(grad_scale):
-            raise DivergenceError(
-                f"the gradients of step {step} hold NaN or Inf: lower the learning rate or go on "
-                "from an earlier checkpoint"
-            )
-        if grad_scale == 1.0:
-            return None
-        return torch.full((1,), grad_scale, device=next(iter(self.params.values())).device)
-
-    def _hyper(self, name: str, lr: float) -> AdamHyper:
-        return AdamHyper(lr, self.config.betas, self.config.eps, self.decay_of(self.params[name]))
-
-    def decay_of(self, param: Tensor) -> float:
-        """Weight decay of a parameter: the configured one for two or more dims, else 0."""
-        return self.config.weight_decay if param.dim() >= 2 else 0.0
 
     def zero_grad(self) -> None:
         """Drop every gradient."""
@@ -322,50 +270,11 @@ class Zero3Optimizer:
         grid: GridWeight = self.sharded.grids[name]
         return {f"{name}_codes": grid.codes, f"{name}_scale": grid.scale}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole state by kind and parameter, ``exp_avg.<parameter>`` say, on every rank.
+    def _layout(self, name: str) -> Bucket:
+        return self._layouts[name]
 
-        Shapes are the parameters' (or those of their scales), so any number of ranks, or one
-        without ZeRO, can go on from it. Every rank must call this.
-
-        Raises:
-            CommunicationError: Another rank is gone.
-        """
-        return {
-            f"{label}.{name}": whole_state(
-                self._layouts[name], name, kind, self._states.read(name, label), self.group
-            ).view(self.params[name].shape if kind.group == kind.width == 1 else (-1, kind.width))
-            for label, name, kind in self._kinds()
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` returned, perhaps for another number of ranks.
-
-        Raises:
-            CheckpointError: Names, sizes or types are not this optimizer's; nothing has changed
-                then.
-        """
-        sizes = {
-            f"{label}.{name}": (rows_of(self.params[name].numel(), kind) * kind.width, kind.dtype)
-            for label, name, kind in self._kinds()
-        }
-        check_saved(state, sizes)
-        for label, name, kind in self._kinds():
-            if name in self._owned:
-                mine, piece = self._states.read(name, label), self._owned[name]
-                rows = state[f"{label}.{name}"].reshape(-1, kind.width)
-                part = rows[piece.start // kind.group : rows_of(piece.stop, kind)]
-                mine.copy_(part.reshape(mine.shape))
-
-    def _kinds(self) -> Iterator[tuple[str, str, StateKind]]:
-        """(label, parameter, kind) of all state, alike on all ranks."""
-        for name in self.params:
-            for label, kind in self._states.layout(name).items():
-                yield label, name, kind
-
-    def state_bytes(self) -> int:
-        """Bytes of this rank's state, measured on storages."""
-        return storage_bytes(self._states.tensors())
+    def _piece(self, name: str) -> Piece | None:
+        return self._owned.get(name)
 
     def weight_bytes(self) -> int:
         """Bytes of the weights that this rank keeps between steps, measured on storages."""

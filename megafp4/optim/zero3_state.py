@@ -24,30 +24,6 @@ def layout_of(name: str, shape: torch.Size, ranks: int) -> Bucket:
     return Bucket(name, "rows", pieces, shard, ranks)
 
 
-def check_saved(
-    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, torch.dtype]]
-) -> None:
-    """Compare a saved optimizer with the number of elements and the type of what is expected.
-
-    Raises:
-        CheckpointError: Names, sizes or types differ.
-    """
-    strange = sorted(expected.keys() ^ state.keys())
-    if strange:
-        where = "lacks" if strange[0] in expected else "has an unknown"
-        raise CheckpointError(
-            f"the saved optimizer {where} {strange[0]!r} ({len(strange)} names differ): load "
-            "the optimizer of the same model and recipe"
-        )
-    for key, (count, dtype) in expected.items():
-        if state[key].numel() != count or state[key].dtype != dtype:
-            raise CheckpointError(
-                f"{key!r} of the saved optimizer is {state[key].dtype} {list(state[key].shape)}, "
-                f"expected {dtype} of {count} elements: load the optimizer of the same model and "
-                "recipe"
-            )
-
-
 def saved_rows(state: Mapping[str, Tensor], key: str, mine: Tensor, share: Share) -> Tensor:
     """This rank's rows of a saved tensor of the model.
 

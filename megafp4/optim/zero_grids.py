@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megafp4.numerics import Key
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.shards import Origin
 from megafp4.optim.adamw import AdamHyper
-from megafp4.optim.dqt import dqt_step
+from megafp4.optim.dqt import grid_step
+from megafp4.optim.states import GridCodec, State
 from megafp4.parallel.bucket import Bucket
 from megafp4.parallel.collectives import Group
 
@@ -54,7 +54,7 @@ class GridShards:
         self,
         name: str,
         grad: Tensor,
-        moments: tuple[Tensor, Tensor],
+        kept: tuple[GridCodec, State],
         hyper: AdamHyper,
         step: int,
         seed: int,
@@ -64,15 +64,13 @@ class GridShards:
         Args:
             name: The parameter.
             grad: FP32, flat.
-            moments: FP32, flat; overwritten.
+            kept: How the moments of these rows are kept, and they themselves; overwritten.
             hyper: Constants of the step.
             step: Index of the step.
             seed: Seed of the run.
         """
-        grid = self.pieces[name]
-        shaped = [tensor.view(grid.shape) for tensor in (grad, *moments)]
-        key = Key(seed, step, grid.layer, "update", "b")
-        return dqt_step(grid, shaped[0], shaped[1], shaped[2], hyper, step, key)
+        codec, state = kept
+        return grid_step(codec, self.pieces[name], grad, state, hyper, step, seed)
 
     def gather(self) -> None:
         """Give every rank the codes of all rows."""

@@ -1,14 +1,17 @@
 """The DQT step against its equations, and why its rounding is stochastic."""
 
+import copy
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megafp4.numerics import Key
 from megafp4.numerics.grid import GridWeight
 from megafp4.optim import AdamHyper, StepNumbers, adamw_update, dqt_step
+from megafp4.optim.dqt import grid_step
+from megafp4.optim.states import CoatStates, GridCodec
 
 HYPER = AdamHyper(1e-3, (0.9, 0.999), 1e-6, 0.01)
 
@@ -83,7 +86,9 @@ def test_flip_rate_is_the_move_in_units_of_the_step() -> None:
     assert grid.decode().max() == 0
 
 
-def student_loss(bits: float | None, rounding: str, steps: int = 150) -> tuple[float, float]:
+def student_loss(
+    bits: float | None, rounding: str, steps: int = 150, codec: GridCodec | None = None
+) -> tuple[float, float]:
     """Loss before and after training a linear student of a linear teacher on a grid."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(16, 32, generator=generator) * 0.02
@@ -93,6 +98,7 @@ def student_loss(bits: float | None, rounding: str, steps: int = 150) -> tuple[f
         None if bits is None else GridWeight.from_dense(w, bits, range=1.5 if bits == 1.58 else 3.0)
     )
     m, v = moments((16, 32))
+    state = None if codec is None else codec.adopt(nn.Parameter(w))
     losses = []
     for step in range(steps):
         weight = w if grid is None else grid.decode()
@@ -103,6 +109,8 @@ def student_loss(bits: float | None, rounding: str, steps: int = 150) -> tuple[f
         hyper = AdamHyper(lr, (0.9, 0.95), 1e-10, 0.0)
         if grid is None:
             adamw_update(w, grad, m, v, StepNumbers.of(hyper, step))
+        elif codec is not None and state is not None:
+            grid_step(codec, grid, grad, state, hyper, step, seed=0)
         else:
             dqt_step(grid, grad, m, v, hyper, step, key(step), rounding)
     return losses[0], losses[-1]
@@ -115,6 +123,33 @@ def test_deterministic_rounding_does_not_train_where_stochastic_rounding_does(bi
     _, stochastic = student_loss(bits, "stochastic")
     assert nearest == start
     assert stochastic < 0.5 * start
+
+
+def test_8_bit_moments_are_rounded_between_steps_and_nowhere_else(
+    generator: torch.Generator,
+) -> None:
+    codec, shape = CoatStates(), (33, 7)  # the last group of 128 is not full
+    grid = GridWeight.from_dense(torch.randn(shape, generator=generator), 8)
+    exact = copy.deepcopy(grid)
+    state = codec.adopt(nn.Parameter(torch.zeros(shape)))
+    hyper = AdamHyper(1e-2, (0.9, 0.95), 1e-8, 0.1)
+    for step in range(3):
+        grad = torch.randn(shape, generator=generator)
+        m, v = (one.view(-1)[:231].view(shape).clone() for one in codec.decode_moments(state))
+        grid_step(codec, grid, grad, state, hyper, step, seed=0)
+        dqt_step(exact, grad, m, v, hyper, step, Key(0, step, grid.layer, "update", "b"))
+        assert torch.equal(grid.codes, exact.codes)
+        for found, kept in zip(codec.decode_moments(state), (m, v), strict=True):
+            flat = found.view(-1)[:231].view(shape)
+            assert not torch.equal(flat, kept)
+            torch.testing.assert_close(flat, kept, rtol=0.13, atol=float(kept.abs().max()) * 1e-3)
+
+
+def test_8_bit_moments_train_as_fp32_ones_do() -> None:
+    start, exact = student_loss(8, "stochastic")
+    _, short = student_loss(8, "stochastic", codec=CoatStates())
+    assert exact < 0.01 * start
+    assert short == pytest.approx(exact, rel=0.1)
 
 
 def test_more_bits_train_better() -> None:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from megafp4 import checkpoint
 from megafp4.config import OptimConfig
 from megafp4.errors import CheckpointError, ConfigError
+from megafp4.linear import Linear
+from megafp4.models import QuantizedFactory
 from megafp4.numerics.philox import Key
 from megafp4.optim import CODECS, AdamHyper, Optimizer, StepNumbers, build_optimizer, codec_step
+from megafp4.precision import Precision
+from tests.models.small import build, small_config
 
 from megafp4.optim import memory_report, quantizers as q  # isort: skip
 
@@ -56,6 +60,42 @@ def test_bytes_of_a_matrix(states: str) -> None:
     weights, kept = BYTES[states]
     report = memory_report([("w", param)], optimizer)
     assert report == {"weights": weights, "optimizer": kept, "total": weights + kept}
+
+
+# Bytes of weights and of optimizer state of each parameter of a model of ten million.
+OF_A_MODEL = {
+    ("mxfp4", "fp32"): (4.0, 8.0),
+    ("mxfp4", "bf16-sr"): (2.0, 4.0),
+    ("mxfp4", "fp8lm"): (2.0, 4.02),
+    ("mxfp4", "coat"): (4.0, 2.13),
+    ("mxfp4", "coat-sr"): (2.0, 2.13),
+    ("mxfp4", "eco"): (2.0, 3.07),
+    ("dqt8", "fp32"): (1.08, 8.0),
+    ("dqt8", "coat"): (1.08, 2.13),
+    ("dqt8", "coat-sr"): (1.04, 2.13),
+    ("dqt4", "coat-sr"): (0.55, 2.13),
+}
+
+
+@pytest.mark.parametrize(("recipe", "states"), OF_A_MODEL)
+def test_bytes_of_a_model(recipe: str, states: str) -> None:
+    """Of the memory that its tensors hold behind a step, gradients apart."""
+    config = small_config(layers=12, hidden=256, heads=4, ffn_hidden=1024, vocab_size=1024)
+    model = build(config, QuantizedFactory(recipe, "reference", Precision(), config.layers))
+    for module in model.modules():
+        if isinstance(module, Linear) and module.recipe.grid is not None:
+            module.to_grid()
+    params = dict(model.named_parameters())
+    assert 9.5e6 < sum(param.numel() for param in params.values()) < 1.05e7
+    optimizer = build_optimizer(params.items(), OptimConfig(states=states), 0)
+    for param in params.values():
+        param.grad = torch.zeros(()).expand(param.shape)
+    optimizer.step(0, 1e-3)
+    report = memory_report(params.items(), optimizer)
+    weights, kept = OF_A_MODEL[recipe, states]
+    assert report["weights"] == pytest.approx(weights, abs=0.03)
+    assert report["optimizer"] == pytest.approx(kept, abs=0.03)
+    assert recipe == "mxfp4" or states == "fp32" or report["total"] <= 5
 
 
 def test_bytes_that_were_asked_for() -> None:

@@ -109,12 +109,19 @@ def test_fp8_gradients_train(stage: int) -> None:
     assert not same(results[0].optimizer, exact.optimizer)
 
 
-@pytest.mark.parametrize("states", ["fp8lm", "coat", "bf16-sr", "coat-sr", "eco"])
-def test_short_states_are_those_of_the_whole_parameters(states: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "states"),
+    [
+        *(("mxfp4", states) for states in ("fp8lm", "coat", "bf16-sr", "coat-sr", "eco")),
+        ("dqt8", "coat"),
+        ("dqt4", "coat-sr"),
+    ],
+)
+def test_short_states_are_those_of_the_whole_parameters(recipe: str, states: str) -> None:
     """Groups that share scales are not cut; BF16 weights are gathered as the owners keep them."""
     options = {"stage": 2, "states": states}
-    results = reduce_ranks.run_well(_sharded, 2, "mxfp4", 2, options)
-    expected = serial("mxfp4", 4, states=states)
+    results = reduce_ranks.run_well(_sharded, 2, recipe, 2, options)
+    expected = serial(recipe, 4, states=states)
     for result in results:
         assert same(result.model, expected.model)
         assert same(result.optimizer, expected.optimizer)

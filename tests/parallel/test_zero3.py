@@ -78,10 +78,14 @@ def test_micro_batches_are_added_in_serial_order(
     check(results, serial(recipe, 2 * ranks.count, 2))
 
 
-@pytest.mark.parametrize("states", ["fp8lm", "coat"])
-def test_short_states_are_those_of_the_whole_parameters(two: Ranks, states: str) -> None:
-    results = run_on(two, _sharded, "mxfp4", 1, {"states": states})
-    check(results, serial("mxfp4", 2, 3, states))
+@pytest.mark.parametrize(
+    ("recipe", "states"), [("mxfp4", "fp8lm"), ("mxfp4", "coat"), ("dqt8", "coat")]
+)
+def test_short_states_are_those_of_the_whole_parameters(
+    two: Ranks, recipe: str, states: str
+) -> None:
+    results = run_on(two, _sharded, recipe, 1, {"states": states})
+    check(results, serial(recipe, 2, 3, states))
     dtypes = {tensor.dtype for tensor in results[0].model.values()}
     assert (torch.bfloat16 in dtypes) == (states == "fp8lm")
 
