@@ -20,7 +20,7 @@ from megafp4.errors import ConfigError, UnsupportedError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.optim.adamw import AdamHyper
 from megafp4.optim.dqt import grid_step
-from megafp4.optim.optimizer import codec_of, grid_of, storage_bytes
+from megafp4.optim.optimizer import grid_of, storage_bytes
 from megafp4.optim.quantizers import GROUP
 from megafp4.optim.shard_states import PieceStates, StateKind, whole_state
 from megafp4.optim.sharded import ShardedOptimizer
@@ -125,7 +125,7 @@ class Zero3Optimizer(ShardedOptimizer):
         grouped = any(kind.group > 1 for kind in self._states.layout(name).values())
         if grouped and self._layouts[name].shard % GROUP:
             raise UnsupportedError(
-                f"optim.states {codec_of(param, self.config).name!r} scales groups of {GROUP} "
+                f"optim.states {self.config.states!r} scales groups of {GROUP} "
                 f"elements, and {self.group.size} ranks would cut {name!r} of {list(param.shape)} "
                 "within one: choose fp32 states or another number of ranks"
             )

@@ -5,14 +5,15 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megafp4.errors import CheckpointError, ConfigError, DivergenceError
-from megafp4.numerics.grid import StoreStatistics
+from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.optim import build_optimizer, clip_grad_norm_on_device
 from megafp4.optim.zero import ZeroOptimizer
 from megafp4.parallel.bucket import plan_buckets
@@ -129,10 +130,12 @@ def test_short_states_are_those_of_the_whole_parameters(recipe: str, states: str
     assert (torch.bfloat16 in dtypes) == (states != "coat")
 
 
-def _continue(rank: int, size: int, recipe: str, total: int, state: Any) -> Outcome:
+def _continue(
+    rank: int, size: int, recipe: str, total: int, state: Any, states: str = "fp32"
+) -> Outcome:
     """Go on from a checkpoint for one step."""
     model, precision = make(recipe)
-    optimizer = zero(model, rank, size, stage=2)
+    optimizer = zero(model, rank, size, stage=2, states=states)
     model.load_state_dict(state[0])
     optimizer.load_state_dict(state[1])
     return run(model, precision, optimizer, list(range(rank, total, size)), total, [2])
@@ -154,6 +157,42 @@ def test_another_number_of_ranks_goes_on_bit_for_bit(recipe: str) -> None:
     optimizer.load_state_dict(half.optimizer)
     alone = run(model, precision, optimizer, [0, 1, 2, 3], 4, [2])
     assert same(alone.model, expected.model)
+
+
+def test_8_bit_moments_of_a_grid_go_from_one_rank_to_two_and_back() -> None:
+    expected = serial("dqt8", 2, states="coat")
+    first = serial("dqt8", 2, steps=2, states="coat")
+    state = first.model, first.optimizer
+    for result in reduce_ranks.run_well(_continue, 2, "dqt8", 2, state, "coat"):
+        assert same(result.model, expected.model)
+        assert same(result.optimizer, expected.optimizer)
+    half = reduce_ranks.run_well(_sharded, 2, "dqt8", 1, {"steps": 2, "states": "coat"})[1]
+    model, precision = make("dqt8")
+    optimizer = build_optimizer(model.named_parameters(), replace(OPTIM, states="coat"), seed=1)
+    model.load_state_dict(half.model)
+    optimizer.load_state_dict(half.optimizer)
+    alone = run(model, precision, optimizer, [0, 1], 2, [2])
+    assert same(alone.model, expected.model)
+    assert same(alone.optimizer, expected.optimizer)
+
+
+def _cut_within_a_group(rank: int, size: int) -> list[str]:
+    param = nn.Parameter(torch.empty(()).expand(6, 65))
+    param.grid = GridWeight.from_dense(torch.ones(6, 65), 8)  # type: ignore[attr-defined]
+    group = reduce_ranks.world(rank, size)
+    config = replace(OPTIM, states="coat-sr")
+    try:
+        ZeroOptimizer({"w": param}, config, 1, group, FlatReducer(group))
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def test_ranks_do_not_share_a_group_of_8_bit_moments() -> None:
+    """Every rank says so, also one whose own rows begin at a group."""
+    for (said,) in reduce_ranks.run_well(_cut_within_a_group, 2):
+        assert "optim.states coat-sr" in said
+        assert "2 ranks cut 'w' [6, 65] within one" in said
 
 
 def _not_finite(rank: int, size: int, wire: str) -> dict[str, Any]:
