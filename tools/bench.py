@@ -183,6 +183,7 @@ def run_fit(
         data=data,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
+        grad_dtype=grad_dtype,
         recompute=recompute,
         dtype="bfloat16",
         lr=lr,
