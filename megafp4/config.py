@@ -167,6 +167,8 @@ class OptimConfig:
     """Share of the steps spent decaying under ``wsd``."""
     states: Literal["fp32", "bf16-sr", "fp8lm", "coat", "coat-sr", "eco"] = "fp32"
     """How matrices and their moments are kept between steps; see docs/optimizer.md."""
+    offload: bool = False
+    """Keep states in host memory and stream them through the device in every step."""
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the gradients of matrices; bfloat16 for one micro-batch a step on one rank."""
 
@@ -264,8 +266,6 @@ class ParallelConfig:
     """ZeRO stage: what is cut over dp x cp: optimizer state, also gradients, also weights."""
     wire: Literal["fp8", "fp8-peers", "bf16", "fp32", "fp8-lm"] = "fp8"
     """What gradients travel as; ``fp8-peers``: without NCCL, ``fp8-lm``: one scale, FP8 sums."""
-    offload: bool = False
-    """Keep optimizer state in host memory."""
     engine: Literal["megafp4", "deepspeed"] = "megafp4"
     """Who runs ZeRO."""
 

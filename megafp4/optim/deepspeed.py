@@ -33,11 +33,11 @@ class DeepSpeedOptimizer:
     Args:
         model: The whole model, FP32 parameters, the same on all ranks. Call it through
             :attr:`engine`.
-        config: Adam's constants and the clipping norm; ``states`` must be ``fp32``.
+        config: Adam's constants and the clipping norm; ``states`` must be ``fp32``. With
+            ``offload``, states are kept and stepped on the host.
         micro_batches: Backward passes of a rank in a step.
         micro_batch: Sequences of a micro-batch.
         stage: 1 shards states, 2 gradients as well, 3 weights as well.
-        offload: Keep and step the states on the host.
 
     Raises:
         UnsupportedError: DeepSpeed is not installed.
@@ -51,8 +51,6 @@ class DeepSpeedOptimizer:
         micro_batches: int,
         micro_batch: int,
         stage: Literal[1, 2, 3] = 1,
-        *,
-        offload: bool = False,
     ) -> None:
         on_grid = [name for name, p in model.named_parameters() if grid_of(p) is not None]
         if on_grid:
@@ -72,7 +70,7 @@ class DeepSpeedOptimizer:
         self.params = dict(model.named_parameters())
         self._adam = _adam(self.params, config)
         zero: dict[str, Any] = {"stage": stage}
-        if offload:
+        if config.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         self.engine, *_ = deepspeed.initialize(
             model=model,

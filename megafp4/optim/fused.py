@@ -1,4 +1,4 @@
-"""Steps on a GPU: all parameters that keep their state alike move in one launch."""
+"""Steps of dense parameters: on a GPU all that keep their state alike move in one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from megafp4.numerics.philox import Key
 from megafp4.optim.adamw import StepNumbers
-from megafp4.optim.states import State, StateCodec
+from megafp4.optim.quantizers import Draw
+from megafp4.optim.states import State, StateCodec, codec_step
 
 if TYPE_CHECKING:
     from megafp4_kernels.adamw import AdamWLaunch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 class Dense:
     """A dense parameter with everything that its step reads and writes."""
 
+    name: str
+    """Its name."""
     param: nn.Parameter
     """What the model reads."""
     codec: StateCodec
@@ -91,6 +94,18 @@ class FusedSteps:
             )
             self._launches[first] = where, launch
         return self._launches[first][1]
+
+
+def exact_steps(
+    tensors: Sequence[Dense], numbers: StepNumbers, step: int, scale: Tensor | None
+) -> None:
+    """Move parameters one after the other, as the kernel is specified; arguments as there."""
+    factor = 1.0 if scale is None else scale.view(())
+    for one in tensors:
+        assert one.param.grad is not None
+        draw = Draw(one.key._replace(step=step), one.start)
+        weight = one.param.detach()
+        codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, draw)
 
 
 def _readable(param: nn.Parameter) -> Tensor:

@@ -25,17 +25,9 @@ from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.philox import Key
 from megafp4.optim.adamw import AdamHyper, StepNumbers
 from megafp4.optim.dqt import grid_step
-from megafp4.optim.fused import Dense, FusedSteps
-from megafp4.optim.quantizers import Draw
-from megafp4.optim.states import (
-    CODECS,
-    GRID_CODECS,
-    FP32States,
-    GridCodec,
-    State,
-    StateCodec,
-    codec_step,
-)
+from megafp4.optim.fused import Dense, FusedSteps, exact_steps
+from megafp4.optim.offload import HostStates
+from megafp4.optim.states import CODECS, GRID_CODECS, FP32States, GridCodec, State, StateCodec
 
 
 class Optimizer:
@@ -68,22 +60,32 @@ class Optimizer:
         self.config = config
         self.seed = seed
         self.states: dict[str, State] = {}
-        """What is kept of each parameter beside its weight, by kind."""
+        """What is kept of each parameter beside its weight, by kind: on its device or, with
+        ``config.offload``, in host memory that :meth:`state_dict` waits for."""
         self.grid_statistics: dict[str, StoreStatistics] = {}
         """Flips and saturation of each grid parameter in the last step."""
         self.weight_amax: dict[str, Tensor] = {}
         """Largest magnitude of each dense parameter after the last step that moved it, as the model
         reads it: FP32 [1] on its device, always at the same address."""
         self._dense: dict[str, Dense] = {}
+        self._host = self._host_states() if config.offload else None
         for index, (name, param) in enumerate(self.params.items()):
             codec = codec_of(param, config)
-            self.states[name] = state = codec.adopt(param)
+            state = codec.adopt(param)
+            if self._host is not None:
+                state = self._host.adopt(name, state)
+            self.states[name] = state
             if config.grad_dtype == "bfloat16" and param.dim() >= 2:
                 param.grad_dtype = torch.bfloat16
             if grid_of(param) is None:
                 key = Key(seed, 0, index, "update", "a")
-                self._dense[name] = Dense(param, codec, state, key, len(self._dense))
+                self._dense[name] = Dense(name, param, codec, state, key, len(self._dense))
         self._fused_steps = FusedSteps(self._measure() if weight_amax and self._dense else None)
+
+    def _host_states(self) -> HostStates:
+        kept = {n: (codec_of(p, self.config), p.numel()) for n, p in self.params.items()}
+        device = next(iter(self.params.values())).device if kept else torch.device("cpu")
+        return HostStates(kept, device, fused=self.fused)
 
     def _measure(self) -> Tensor:
         """Allocate and fill :attr:`weight_amax`, which are parts of the tensor returned."""
@@ -144,8 +146,12 @@ class Optimizer:
             grad = param.grad.float()
             if grad_scale != 1.0:
                 grad = grad * grad_scale
-            codec, state, hyper = grid_codec(self.config), self.states[name], self._hyper(param, lr)
-            self.grid_statistics[name] = grid_step(codec, grid, grad, state, hyper, step, self.seed)
+            codec, hyper, seed = grid_codec(self.config), self._hyper(param, lr), self.seed
+            if self._host is not None:
+                found = self._host.grid_step(name, codec, grid, grad, hyper, step, seed)
+            else:
+                found = grid_step(codec, grid, grad, self.states[name], hyper, step, seed)
+            self.grid_statistics[name] = found
 
     def _dense_step(self, step: int, lr: float, scale: Tensor | None, skip: Tensor | None) -> None:
         """Move all dense parameters, those of one codec and one weight decay together."""
@@ -156,22 +162,19 @@ class Optimizer:
                 groups.setdefault(group, []).append(dense)
         for tensors in groups.values():
             numbers = StepNumbers.of(self._hyper(tensors[0].param, lr), step)
-            if self.fused and tensors[0].param.is_cuda:
+            if self._host is not None:
+                self._host.step(tensors, numbers, step, scale, skip)
+                self._measure_moved(tensors)
+            elif self.fused and tensors[0].param.is_cuda:
                 self._fused_steps.step(tensors, numbers, step, scale, skip)
             elif skip is None or not skip.item():
-                self._exact_step(tensors, numbers, step, scale)
+                exact_steps(tensors, numbers, step, scale)
+                self._measure_moved(tensors)
 
-    def _exact_step(
-        self, tensors: list[Dense], numbers: StepNumbers, step: int, scale: Tensor | None
-    ) -> None:
-        factor = 1.0 if scale is None else scale.view(())
-        for one in tensors:
-            assert one.param.grad is not None
-            draw = Draw(one.key._replace(step=step), one.start)
-            weight = one.param.detach()
-            codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, draw)
-            if self._fused_steps.amax is not None:
-                self._fused_steps.amax[one.index] = _amax(weight)
+    def _measure_moved(self, tensors: list[Dense]) -> None:
+        if self._fused_steps.amax is not None:
+            for one in tensors:
+                self._fused_steps.amax[one.index] = _amax(one.param)
 
     def _hyper(self, param: Tensor, lr: float) -> AdamHyper:
         return AdamHyper(lr, self.config.betas, self.config.eps, self.decay_of(param))
@@ -187,6 +190,8 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the codecs keep, as ``<kind>.<parameter>``: ``exp_avg.head.weight`` and so on."""
+        if self._host is not None:
+            self._host.settle()
         return {
             f"{kind}.{name}": tensor
             for name, state in self.states.items()

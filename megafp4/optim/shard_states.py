@@ -7,7 +7,7 @@ parameter's, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,14 @@ from torch.nn import functional as F
 from megafp4.config import OptimConfig
 from megafp4.errors import ConfigError
 from megafp4.numerics import Key
+from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.optim.adamw import AdamHyper, StepNumbers
-from megafp4.optim.fused import Dense, FusedSteps
+from megafp4.optim.dqt import grid_step
+from megafp4.optim.fused import Dense, FusedSteps, exact_steps
+from megafp4.optim.offload import HostStates
 from megafp4.optim.optimizer import codec_of, grid_codec, grid_of
-from megafp4.optim.quantizers import GROUP, Draw
-from megafp4.optim.states import GridCodec, State, codec_step
+from megafp4.optim.quantizers import GROUP
+from megafp4.optim.states import State
 from megafp4.parallel.bucket import Bucket, Piece
 from megafp4.parallel.collectives import Group
 
@@ -74,10 +77,25 @@ class PieceStates:
         self._dense: dict[str, Dense] = {}
         self._states: dict[str, State] = {}
         self._launches = FusedSteps(None)
+        self._host: HostStates | None = None
 
     def weight_dtype(self, name: str) -> torch.dtype:
         """What the model reads and ranks gather."""
         return codec_of(self._params[name], self._config).weight_dtype
+
+    def reserve(self, pieces: Iterable[Piece]) -> None:
+        """Make room for the pieces that will be adopted, in the order of their steps.
+
+        Raises:
+            UnsupportedError: State is to lie in host memory, and there is not enough of it.
+        """
+        if self._config.offload and self._params:
+            device = next(iter(self._params.values())).device
+            kept = {
+                piece.name: (codec_of(self._params[piece.name], self._config), piece.numel)
+                for piece in pieces
+            }
+            self._host = HostStates(kept, device, fused=self._fused)
 
     def adopt(self, piece: Piece, weights: Tensor) -> None:
         """Begin to keep a dense piece.
@@ -91,12 +109,11 @@ class PieceStates:
         codec = codec_of(param, self._config)
         first = param.detach().reshape(-1)[piece.start : piece.stop]
         own = nn.Parameter(first.clone())
-        state = codec.adopt(own)
+        state = self._keep(piece, codec.adopt(own))
         weights.copy_(own.detach())
         own.data = weights
-        self._states[piece.name] = state
         key, index = self._keys[piece.name], len(self._dense)
-        self._dense[piece.name] = Dense(own, codec, state, key, index, piece.start)
+        self._dense[piece.name] = Dense(piece.name, own, codec, state, key, index, piece.start)
 
     def check_rows(self, bucket: Bucket) -> None:
         """Refuse rows of grid weights, of any rank, whose moments would share a scale.
@@ -119,7 +136,13 @@ class PieceStates:
         """Begin to keep the moments of rows of a grid weight."""
         param = self._params[piece.name]
         rows = torch.empty((), device=param.device).expand(piece.numel)
-        self._states[piece.name] = codec_of(param, self._config).adopt(nn.Parameter(rows))
+        self._keep(piece, codec_of(param, self._config).adopt(nn.Parameter(rows)))
+
+    def _keep(self, piece: Piece, state: State) -> State:
+        if self._host is not None:
+            state = self._host.adopt(piece.name, state)
+        self._states[piece.name] = state
+        return state
 
     def step(
         self,
@@ -145,25 +168,35 @@ class PieceStates:
             piece.param.grad = grad
             by_codec.setdefault(piece.codec.name, []).append(piece)
         for pieces in by_codec.values():
-            if self._fused and pieces[0].param.is_cuda:
+            if self._host is not None:
+                self._host.step(pieces, numbers, step, scale, skip)
+            elif self._fused and pieces[0].param.is_cuda:
                 self._launches.step(pieces, numbers, step, scale, skip)
             elif skip is None or not skip.item():
-                self._exact_step(pieces, numbers, step, scale)
+                exact_steps(pieces, numbers, step, scale)
             for piece in pieces:
                 piece.param.grad = None
 
-    def _exact_step(
-        self, pieces: Sequence[Dense], numbers: StepNumbers, step: int, scale: Tensor | None
-    ) -> None:
-        factor = 1.0 if scale is None else scale.view(())
-        for one in pieces:
-            assert one.param.grad is not None
-            weight, draw = one.param.detach(), Draw(one.key._replace(step=step), one.start)
-            codec_step(one.codec, weight, one.param.grad, one.state, numbers, factor, draw)
+    def grid_step(
+        self, name: str, rows: GridWeight, grad: Tensor, hyper: AdamHyper, step: int, seed: int
+    ) -> StoreStatistics:
+        """Take a Direct Quantized Training step of the owned rows of a grid weight.
 
-    def of_grid(self, name: str) -> tuple[GridCodec, State]:
-        """How the moments of the owned rows of a grid weight are kept, and they themselves."""
-        return grid_codec(self._config), self._states[name]
+        Args:
+            name: The parameter.
+            rows: Its owned rows; their codes are overwritten.
+            grad: FP32, of as many elements.
+            hyper: Constants of the step.
+            step: Index of the step.
+            seed: Seed of the run.
+
+        Raises:
+            DivergenceError: A new value is not finite.
+        """
+        codec = grid_codec(self._config)
+        if self._host is not None:
+            return self._host.grid_step(name, codec, rows, grad, hyper, step, seed)
+        return grid_step(codec, rows, grad, self._states[name], hyper, step, seed)
 
     def layout(self, name: str) -> dict[str, StateKind]:
         """What is kept of a parameter, whether or not this rank owns a piece of it."""
@@ -177,9 +210,11 @@ class PieceStates:
 
     def read(self, name: str, kind: str) -> Tensor:
         """State of a parameter's owned piece, the memory itself; empty if there is none."""
+        if self._host is not None:
+            self._host.settle()
         if name in self._states:
             return self._states[name][kind]
-        device = self._params[name].device
+        device = self._params[name].device if self._host is None else torch.device("cpu")
         return torch.empty(0, dtype=self.layout(name)[kind].dtype, device=device)
 
     def tensors(self) -> Iterable[Tensor]:

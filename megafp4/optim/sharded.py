@@ -83,12 +83,15 @@ class ShardedOptimizer(ABC):
         Raises:
             CommunicationError: Another rank is gone.
         """
-        return {
-            f"{label}.{name}": whole_state(
-                self._layout(name), name, kind, self._states.read(name, label), self.group
-            ).view(self.params[name].shape if kind.group == kind.width == 1 else (-1, kind.width))
-            for label, name, kind in self._kinds()
-        }
+        found = {}
+        for label, name, kind in self._kinds():
+            param, mine = self.params[name], self._states.read(name, label)
+            # Ranks send from the device; what lies in host memory goes back there.
+            sent = mine.to(param.device)
+            whole = whole_state(self._layout(name), name, kind, sent, self.group).to(mine.device)
+            shape = param.shape if kind.group == kind.width == 1 else (-1, kind.width)
+            found[f"{label}.{name}"] = whole.view(shape)
+        return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` returned, perhaps for another number of ranks.

@@ -112,6 +112,7 @@ class ZeroOptimizer(ShardedOptimizer):
         self._homes = {name: bucket for bucket in self.buckets for name in bucket.names}
         self._owned = [bucket.owned(group.rank) for bucket in self.buckets]
         self._pieces = {piece.name: piece for owned in self._owned for piece in owned}
+        self._states.reserve(self._pieces.values())
         grids = {name: grid for name, param in self.params.items() if (grid := grid_of(param))}
         self._grids = GridShards(grids, [b for b in self.buckets if b.kind == "grid"], group)
         self._weights = [self._adopt(i) for i in range(len(self.buckets))]
@@ -219,10 +220,10 @@ class ZeroOptimizer(ShardedOptimizer):
                 continue
             for piece in self._owned[index]:
                 grad = piece.of(shard)
-                grid_steps[piece.name] = self._grids.step(
+                grid_steps[piece.name] = self._states.grid_step(
                     piece.name,
+                    self._grids.pieces[piece.name],
                     grad if scale is None else grad * scale,
-                    self._states.of_grid(piece.name),
                     self._hyper(piece.name, lr),
                     step,
                     self.seed,

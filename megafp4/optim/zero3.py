@@ -19,7 +19,6 @@ from megafp4.config import OptimConfig
 from megafp4.errors import ConfigError, UnsupportedError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.optim.adamw import AdamHyper
-from megafp4.optim.dqt import grid_step
 from megafp4.optim.optimizer import grid_of, storage_bytes
 from megafp4.optim.quantizers import GROUP
 from megafp4.optim.shard_states import PieceStates, StateKind, whole_state
@@ -92,10 +91,12 @@ class Zero3Optimizer(ShardedOptimizer):
         for name, layout in self._layouts.items():
             for piece in layout.owned(group.rank):
                 self._owned[name] = piece
-                if name in self.sharded.grids:
-                    self._states.adopt_grid(piece)
-                else:
-                    self._states.adopt(piece, self.sharded.local[name].view(-1))
+        self._states.reserve(self._owned.values())
+        for name, piece in self._owned.items():
+            if name in self.sharded.grids:
+                self._states.adopt_grid(piece)
+            else:
+                self._states.adopt(piece, self.sharded.local[name].view(-1))
         # From here on only shapes and grids are asked for: the whole weights go.
         for name, param in whole.items():
             if grid_of(param) is None:
@@ -202,17 +203,14 @@ class Zero3Optimizer(ShardedOptimizer):
             hyper = self._hyper(name, lr)
             if name in self.sharded.grids:
                 grad = grad if scale is None else grad * scale
-                moved[name] = self._grid_step(name, grad, hyper, step)
+                rows, seed = self.sharded.grids[name], self.seed
+                moved[name] = self._states.grid_step(name, rows, grad, hyper, step, seed)
             else:
                 groups.setdefault(hyper, {})[name] = grad
         for hyper, grads in groups.items():
             self._states.step(grads, hyper, step, scale, skip)
         self.sharded.reshard()
         self.grid_statistics = self._statistics(moved)
-
-    def _grid_step(self, name: str, grad: Tensor, hyper: AdamHyper, step: int) -> StoreStatistics:
-        codec, state = self._states.of_grid(name)
-        return grid_step(codec, self.sharded.grids[name], grad, state, hyper, step, self.seed)
 
     def _statistics(self, moved: Mapping[str, StoreStatistics]) -> dict[str, StoreStatistics]:
         """Add up what the ranks' steps did to each grid weight."""

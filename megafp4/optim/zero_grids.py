@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.shards import Origin
-from megafp4.optim.adamw import AdamHyper
-from megafp4.optim.dqt import grid_step
-from megafp4.optim.states import GridCodec, State
 from megafp4.parallel.bucket import Bucket
 from megafp4.parallel.collectives import Group
 
@@ -49,28 +45,6 @@ class GridShards:
                 first, last = spans[group.rank]
                 if first < last:
                     self.pieces[name] = grid_rows(grid, first, last)
-
-    def step(
-        self,
-        name: str,
-        grad: Tensor,
-        kept: tuple[GridCodec, State],
-        hyper: AdamHyper,
-        step: int,
-        seed: int,
-    ) -> StoreStatistics:
-        """Take a Direct Quantized Training step of the owned rows.
-
-        Args:
-            name: The parameter.
-            grad: FP32, flat.
-            kept: How the moments of these rows are kept, and they themselves; overwritten.
-            hyper: Constants of the step.
-            step: Index of the step.
-            seed: Seed of the run.
-        """
-        codec, state = kept
-        return grid_step(codec, self.pieces[name], grad, state, hyper, step, seed)
 
     def gather(self) -> None:
         """Give every rank the codes of all rows."""

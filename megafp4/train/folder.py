@@ -13,7 +13,7 @@ from megafp4.train.summary import SUMMARY
 
 _NO_NUMBER = {
     "out", "data.cache", "train.checkpoint_interval", "train.keep_checkpoints",
-    "train.memory_report", "train.recompute", "saved_as",
+    "train.memory_report", "train.recompute", "saved_as", "optim.offload",
 }  # fmt: skip
 _MESH = {name for name in settings.field_names(RunConfig()) if name.startswith("parallel.")}
 MAY_CHANGE = _NO_NUMBER | _MESH

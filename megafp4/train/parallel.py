@@ -115,11 +115,6 @@ def _check_engine(parallel: ParallelConfig, world_size: int) -> None:
             f"parallel.zero {parallel.zero} with parallel.engine {parallel.engine} is for several "
             "ranks and the job has one: start it with torchrun or srun, or leave them out"
         )
-    if parallel.offload and parallel.engine != "deepspeed":
-        raise UnsupportedError(
-            "parallel.offload is done by parallel.engine deepspeed alone: choose that engine, or "
-            "leave the states on the device"
-        )
 
 
 def _check_graph(parallel: ParallelConfig, sizes: MeshSizes, micro_batches: int) -> None:
@@ -214,8 +209,7 @@ def make_optimizer(
     parallel, optim, seed = config.parallel, config.optim, config.train.seed
     if parallel.engine == "deepspeed":
         each, micro_batch = config.train.micro_batches // mesh.dp.size, config.train.micro_batch
-        stage, offload = parallel.zero, parallel.offload
-        return DeepSpeedOptimizer(model, optim, each, micro_batch, stage, offload=offload)
+        return DeepSpeedOptimizer(model, optim, each, micro_batch, parallel.zero)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     cut = layouts(model)
     # What is not cut is the same on all tp ranks, and the first one counts it.

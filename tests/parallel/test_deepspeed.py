@@ -44,7 +44,7 @@ def engine_run(
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     model, precision = make(recipe)
-    optimizer = DeepSpeedOptimizer(model, OPTIM, EACH, 1, stage, offload=offload)
+    optimizer = DeepSpeedOptimizer(model, replace(OPTIM, offload=offload), EACH, 1, stage)
     if before is not None:
         optimizer.load_weights(before[0])
         optimizer.load_state_dict(before[1], steps.start)

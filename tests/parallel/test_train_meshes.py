@@ -164,7 +164,6 @@ def test_deepspeed_follows_the_serial_run(
         ({"engine": "deepspeed"}, {}, "parallel.wire fp8 is not DeepSpeed's"),
         ({"engine": "deepspeed", "wire": "fp32"}, {}, "train.spike_factor 3.0 skips updates"),
         ({"engine": "deepspeed", "tp": 2}, {}, "shares a model by dp alone"),
-        ({"offload": True}, {}, "parallel.offload is done by parallel.engine deepspeed"),
     ],
 )
 def test_what_a_mesh_cannot_do_is_refused(

@@ -50,11 +50,17 @@ def make(recipe: str, vocab_size: int = CONFIG.vocab_size) -> tuple[Decoder, Pre
 
 
 def zero3(
-    model: Any, rank: int, size: int, wire: Any = "fp32", states: Any = "fp32", **options: Any
+    model: Any,
+    rank: int,
+    size: int,
+    wire: Any = "fp32",
+    states: Any = "fp32",
+    offload: bool = False,
+    **options: Any,
 ) -> Zero3Optimizer:
     """Cut a model and make the optimizer of one rank."""
     group = world(rank, size)
-    config = replace(OPTIM, states=states)
+    config = replace(OPTIM, states=states, offload=offload)
     reducer = FlatReducer(group, wire, 2)
     return Zero3Optimizer(model, model.blocks, config, 1, group, reducer, **options)
 

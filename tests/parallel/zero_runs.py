@@ -109,13 +109,14 @@ def zero(
     size: int,
     wire: Any = "fp32",
     states: Any = "fp32",
+    offload: bool = False,
     **options: Any,
 ) -> ZeroOptimizer:
     """Make the optimizer of one rank."""
     group = world(rank, size)
     params = dict(model.named_parameters())
     reducer = FlatReducer(group, wire, 2)
-    config = replace(OPTIM, states=states)
+    config = replace(OPTIM, states=states, offload=offload)
     return ZeroOptimizer(params, config, 1, group, reducer, bucket_elements=BUCKET, **options)
 
 

@@ -128,9 +128,10 @@ SPLIT = {"tp": 2, "sequence": True}
 
 
 def test_meshes_are_read() -> None:
-    assert meshes.parse("1") == ("1", 1, {}, False)
-    assert meshes.parse("tp2:graph+sequence") == ("tp2:graph+sequence", 2, SPLIT, True)
+    assert meshes.parse("1") == ("1", 1, {}, False, False)
+    assert meshes.parse("tp2:graph+sequence") == ("tp2:graph+sequence", 2, SPLIT, True, False)
     assert meshes.parse("dp4").parallel == {}
+    assert meshes.parse("dp2:offload").offload
     found = meshes.parse("tp2xpp2xdp3:sequence+zero2+interleaved+chunks4+bf16")
     assert found.ranks == 12
     assert found.parallel == {

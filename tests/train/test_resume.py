@@ -101,6 +101,19 @@ def test_three_kills_do_not_change_a_bit(
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_states_move_to_the_host_between_two_starts(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"layers": 1, "checkpoint_interval": 2}
+    once, often = (tiny(corpus, tmp_path / name, "mxfp4", **changes) for name in ("once", "often"))
+    train(build(once, quiet=True))
+    offloaded = dataclasses.replace(often, optim=dataclasses.replace(often.optim, offload=True))
+    run_killed_at(often, 1, "saved", monkeypatch)
+    run_killed_at(offloaded, 3, "saved", monkeypatch)
+    train(build(often, quiet=True))
+    assert_same(tmp_path / "once", tmp_path / "often")
+
+
 def test_without_checkpoints_a_kill_costs_work_but_not_the_result(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

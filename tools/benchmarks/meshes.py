@@ -20,10 +20,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"wire": "bf16"},
     "fp32": {"wire": "fp32"},
     "fp8-lm": {"wire": "fp8-lm"},
-    "offload": {"offload": True},
     "deepspeed": {"engine": "deepspeed"},
 }
-_GRAPH = "graph"
+_GRAPH, _OFFLOAD = "graph", "offload"
 
 
 class Layout(NamedTuple):
@@ -37,6 +36,8 @@ class Layout(NamedTuple):
     """Fields of the configuration's ``parallel``."""
     graph: bool = False
     """Whether CUDA graphs are replayed."""
+    offload: bool = False
+    """Whether optimizer state lies in host memory."""
 
 
 def parse(text: str) -> Layout:
@@ -45,7 +46,8 @@ def parse(text: str) -> Layout:
     Axes (pp, dp, cp, tp) with their sizes are joined by ``x``; ``1`` is one GPU. Behind a colon
     stand options joined by ``+``: ``sequence``, ``zero1`` to ``zero3``, a schedule (``interleaved``
     has two chunks, or as many as ``chunksN`` says), ``ring``, a wire (``fp8``, ``fp8-peers``,
-    ``bf16``, ``fp32``, ``fp8-lm``), ``offload``, ``deepspeed``; ``graph`` replays CUDA graphs.
+    ``bf16``, ``fp32``, ``fp8-lm``), ``deepspeed``; ``graph`` replays CUDA graphs, ``offload`` keeps
+    optimizer state in host memory.
 
     Raises:
         ValueError: It is not written like that.
@@ -63,14 +65,14 @@ def parse(text: str) -> Layout:
     parallel: dict[str, Any] = {axis: size for axis, size in sizes.items() if axis != "dp"}
     wanted = options.split("+") if options else []
     for option in wanted:
-        if option == _GRAPH:
+        if option in (_GRAPH, _OFFLOAD):
             continue
         numbered = _NUMBERED.fullmatch(option)
         if numbered is None and option not in _OPTIONS:
-            known = ", ".join((*_OPTIONS, "zero1 to zero3", "chunksN", _GRAPH))
+            known = ", ".join((*_OPTIONS, "zero1 to zero3", "chunksN", _GRAPH, _OFFLOAD))
             raise ValueError(f"mesh {text!r} has the unknown option {option!r}: choose of {known}")
         parallel |= _OPTIONS[option] if numbered is None else {numbered[1]: int(numbered[2])}
     ranks = 1
     for size in sizes.values():
         ranks *= size
-    return Layout(text, ranks, parallel, _GRAPH in wanted)
+    return Layout(text, ranks, parallel, _GRAPH in wanted, _OFFLOAD in wanted)

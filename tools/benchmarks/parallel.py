@@ -78,6 +78,7 @@ def measure(
                     ranks=layout.ranks,
                     parallel=layout.parallel,
                     graph=layout.graph,
+                    offload=layout.offload,
                     folder=str(Path(folder) / f"run{len(report.rows) + len(report.left_out)}"),
                     cache=job.cache or str(Path(folder) / "data"),
                 )

@@ -67,6 +67,8 @@ class Job:
     """Type of activations; empty for the preset's."""
     saved_as: str = "recipe"
     graph: bool = False
+    offload: bool = False
+    """Whether optimizer state lies in host memory."""
     lr: float = 1e-4
     accounts: bool = False
     """Whether to take memory apart by kind behind the last step; on one rank only."""
@@ -112,6 +114,7 @@ class Job:
                 decay_steps=None,
                 schedule="constant",
                 grad_dtype=self.grad_dtype,  # type: ignore[arg-type]
+                offload=self.offload,
                 **kept,  # type: ignore[arg-type]
             ),
             train=replace(
@@ -236,9 +239,9 @@ def train(job: Job) -> Trained:
 def accounts(trained: Run, step: int) -> dict[str, int]:
     """Memory by kind: after the forward and backward passes of one more step, and at their peak.
 
-    Weights, states and gradients are counted on their storages. On a GPU ``other`` is what else is
-    allocated then (weights as operands, tables), and ``activations`` what more there was at the
-    peak of the passes.
+    Weights, states on the device and gradients are counted on their storages. On a GPU ``other`` is
+    what else is allocated then (weights as operands, tables), and ``activations`` what more there
+    was at the peak of the passes.
     """
     on_gpu = trained.device.type == "cuda"
     if on_gpu:
@@ -253,7 +256,7 @@ def accounts(trained: Run, step: int) -> dict[str, int]:
             tensors += grid.state_dict().values()
     found: Counter[str] = Counter()
     found["weights"] = storage_bytes(tensors)
-    found["states"] = trained.optimizer.state_bytes()
+    found["states"] = 0 if trained.optim.offload else trained.optimizer.state_bytes()
     found["gradients"] = storage_bytes(one.grad for one in params if one.grad is not None)
     if on_gpu:
         torch.cuda.synchronize()
