@@ -291,8 +291,13 @@ class HostStates:
         where = [(one.name, one.param.data_ptr()) for one in tensors]
         first = tensors[0].name
         if first not in self._windows or self._windows[first][0] != where:
-            windows = self._plan([(one.name, one.param.numel()) for one in tensors], _TILE)
             by_name = {one.name: one for one in tensors}
+            # Windows that share a parameter are not kept side by side: the state of it may still be
+            # on its way from the other's buffer, and only new windows wait for that.
+            for key, (others, _) in list(self._windows.items()):
+                if others is not None and any(name in by_name for name, _ in others):
+                    del self._windows[key]
+            windows = self._plan([(one.name, one.param.numel()) for one in tensors], _TILE)
             for window in windows:
                 pairs = zip(window.spans, window.states, strict=True)
                 window.parts = [_part(by_name[span.name], span, state) for span, state in pairs]

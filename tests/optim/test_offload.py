@@ -194,19 +194,23 @@ def late_window_of(host: Any, make_window: Any, spans: Any) -> Any:
     return window
 
 
+def stream_late(optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give an optimizer streams that copy as late as they may."""
+    window, computing = offload.HostStates._window, PromptStream()
+    monkeypatch.setattr(offload.HostStates, "_window", partialmethod(late_window_of, window))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert optimizer._host is not None
+    optimizer._host._in, optimizer._host._out = LateStream(), LateStream()
+
+
 @pytest.mark.parametrize("states", ["fp32", "coat"])
 def test_copies_are_waited_for_however_late_they_are(
     states: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, streamed = (make(states, each) for each in (False, True))
-    computing = PromptStream()
-    window = offload.HostStates._window
-    monkeypatch.setattr(offload.HostStates, "_window", partialmethod(late_window_of, window))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert streamed._host is not None
-    streamed._host._in, streamed._host._out = LateStream(), LateStream()
+    stream_late(streamed, monkeypatch)
     for at in range(4):
         run(plain, at, at + 1)
         run(streamed, at, at + 1)
@@ -215,6 +219,22 @@ def test_copies_are_waited_for_however_late_they_are(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(UnsupportedError, match="which a CUDA graph cannot record"):
         run(streamed, 4, 5)
+
+
+def test_windows_of_other_parameters_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers = []
+    for offloaded in (False, True):
+        params = {name: nn.Parameter(torch.ones(4, 64)) for name in "ab"}
+        config = OptimConfig(offload=offloaded)
+        optimizers.append(build_optimizer(params.items(), config, seed=7))
+    stream_late(optimizers[1], monkeypatch)
+    for at in range(5):
+        for optimizer in optimizers:
+            # All in one window, "b" alone in one of the other buffer, and all again.
+            optimizer.params["a"].grad = None if at in (1, 3) else torch.full((4, 64), 1.0 + at)
+            optimizer.params["b"].grad = torch.full((4, 64), 2.0 - at)
+            optimizer.step(at, 1e-3)
+    assert_same(*map(stored, optimizers))
 
 
 @pytest.mark.gpu
