@@ -169,7 +169,8 @@ def run_fit(
     """Real training steps of what hardly fits on one GPU: losses, and memory by kind.
 
     Without token files it trains on the text of this Python, as bytes. The vocabulary is the
-    preset's unless `--vocab-size` gives another, which fits the tokenizer.
+    preset's unless `--vocab-size` gives another, which fits the tokenizer. States are separated by
+    commas; `fp8lm:offload` puts those of a row in host memory.
     """
     job = Job(
         preset=preset,

@@ -216,19 +216,24 @@ def test_fitting_needs_a_falling_loss() -> None:
 
     def falls(job: Job, seconds: float) -> Trained:
         assert job.accounts
-        slope = -0.1 if job.states == "coat" else 0.1
+        assert job.offload == (job.states == "eco")
+        slope = 0.1 if job.states == "fp8lm" else -0.1
         losses = [5 + slope * step for step in range(job.total)]
         kinds = {"weights": 10_000, "states": 20_000, "gradients": 20_000}
         return Trained([4.0] * 19, losses, 1000, 5000, 12.0, 13.0, {}, kinds)
 
-    report = fit.measure(session(), job, ["coat", "fp8lm"], falls)
-    good, bad = report.rows
+    report = fit.measure(session(), job, ["coat", "fp8lm", "eco:offload"], falls)
+    good, bad, offloaded = report.rows
+    assert offloaded["states"] == "eco:offload"
+    assert offloaded["tokens/s"] == 250e3
     assert good["weights B"] == 2.0
     assert good["activations B"] == ""
     assert good["tokens/s"] == 250e3
     assert bad["tokens/s"] == FAILED
     with pytest.raises(ValueError, match="at least 20"):
         fit.measure(session(), replace(JOB, steps=3), ["coat"], falls)
+    with pytest.raises(ValueError, match=r"states 'coat:host': only `:offload`"):
+        fit.measure(session(), job, ["coat:host"], falls)
 
 
 @pytest.mark.parametrize("waits", [False, True])

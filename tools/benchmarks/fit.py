@@ -37,26 +37,31 @@ def measure(session: Session, job: Job, states: Sequence[str], run: Runner | Non
     Args:
         session: Rows that are wanted, budget.
         job: What is trained; how it keeps states does not matter.
-        states: Values of ``optim.states``.
+        states: Values of ``optim.states``; ``:offload`` behind one puts them in host memory.
         run: Who runs a job; a process of its own by default.
 
     Raises:
-        ValueError: Fewer steps than 20.
+        ValueError: Fewer steps than 20, or what stands behind a colon is not ``offload``.
     """
     if job.total < LEAST_STEPS:
         raise ValueError(f"{job.total} steps were asked for: give at least {LEAST_STEPS}")
+    for name in states:
+        if ":" in name and not name.endswith(":offload"):
+            raise ValueError(f"states {name!r}: only `:offload` may stand behind them")
     tokens = job.micro_batch * job.micro_batches * get_preset(job.preset).model.seq_len
     title = f"{job.preset} on one GPU, {job.recipe}, {tokens:,} tokens a step"
     report = session.report(title, _COLUMNS, "peak GiB")
     with tempfile.TemporaryDirectory() as folder:
-        for name in states:
+        for at, name in enumerate(states):
             if not session.starts(report, name):
                 continue
+            kept, offload, _ = name.partition(":offload")
             here = replace(
                 job,
-                states=name,
+                states=kept,
+                offload=bool(offload),
                 accounts=True,
-                folder=str(Path(folder) / name),
+                folder=str(Path(folder) / f"run{at}"),
                 cache=job.cache or str(Path(folder) / "data"),
             )
             found = trained(report, name, here, session.left(), run)
