@@ -13,6 +13,9 @@ import triton.language as tl
 from megafp4_kernels.encode import encode_minifloat, fp8_bytes
 from megafp4_kernels.philox import philox4x32
 
+UNITY = tl.constexpr(0x3F80000000000000)
+"""A largest magnitude of zero and a power of one, as :func:`join_pair` joins them."""
+
 
 @triton.jit
 def bits_of(x):
@@ -203,3 +206,17 @@ def contract(code, largest, power, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
     if SIGNED:
         found = found | (bits ^ magnitude)
     return float_of(found)
+
+
+@triton.jit
+def join_pair(largest, power):
+    """Largest magnitudes, by their bits, and powers as they lie in memory: int64 [ROWS]."""
+    high = power.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    return high | (largest.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def contract_pair(code, pair, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
+    """FP32 values of COAT's codes, given what :func:`join_pair` joined for each row."""
+    power = float_of((pair >> 32).to(tl.int32))
+    return contract(code, pair.to(tl.int32), power, SIGNED, NATIVE)

@@ -11,8 +11,6 @@ import triton.language as tl
 
 from megafp4_kernels import adamw_states as states
 
-# A largest magnitude of zero and a power of one, as _pair() joins them.
-_UNITY = tl.constexpr(0x3F80000000000000)
 COUNT = tl.constexpr(5)
 """Elements of the tensor."""
 FIRST = tl.constexpr(6)
@@ -84,7 +82,8 @@ def _decode(
         weight = states.float_of(weight.to(tl.int32) << 16)
         m = states.float_of(m.to(tl.int32) << 16)
         start, known = _address(entry, 4, tl.int64), row * 128 < count
-        v = _contract(v, tl.load(start + row, mask=known, other=_UNITY), False, NATIVE)
+        of_v = tl.load(start + row, mask=known, other=states.UNITY)
+        v = states.contract_pair(v, of_v, False, NATIVE)
     else:
         if FORM == "coat":
             weight = _load(_address(entry, 0, tl.float32), offsets, inside, WHOLE)
@@ -95,18 +94,11 @@ def _decode(
         v = _load(_address(entry, 2, tl.uint8), offsets, inside, WHOLE)
         # Four FP32 numbers, two at a time.
         start, known = _address(entry, 4, tl.int64), row * 128 < count
-        of_m = tl.load(start + 2 * row, mask=known, other=_UNITY)
-        of_v = tl.load(start + 2 * row + 1, mask=known, other=_UNITY)
-        m = _contract(m, of_m, True, NATIVE)
-        v = _contract(v, of_v, False, NATIVE)
+        of_m = tl.load(start + 2 * row, mask=known, other=states.UNITY)
+        of_v = tl.load(start + 2 * row + 1, mask=known, other=states.UNITY)
+        m = states.contract_pair(m, of_m, True, NATIVE)
+        v = states.contract_pair(v, of_v, False, NATIVE)
     return weight, m, v
-
-
-@triton.jit
-def _contract(code, pair, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
-    """FP32 values of COAT's codes, given each row's largest magnitude and power in one int64."""
-    power = states.float_of((pair >> 32).to(tl.int32))
-    return states.contract(code, pair.to(tl.int32), power, SIGNED, NATIVE)
 
 
 @triton.jit
@@ -129,24 +121,17 @@ def _encode_moments(
         largest, power = states.expansion(v)
         code = states.expand(v, largest, power, False, NATIVE)
         _store(_address(entry, 2, tl.uint8), offsets, code, inside, WHOLE)
-        tl.store(_address(entry, 4, tl.int64) + row, _pair(largest, power), mask=known)
+        tl.store(_address(entry, 4, tl.int64) + row, states.join_pair(largest, power), mask=known)
     else:
         largest, power = states.expansion(m)
         code = states.expand(m, largest, power, True, NATIVE)
         _store(_address(entry, 1, tl.uint8), offsets, code, inside, WHOLE)
         start = _address(entry, 4, tl.int64)
-        tl.store(start + 2 * row, _pair(largest, power), mask=known)
+        tl.store(start + 2 * row, states.join_pair(largest, power), mask=known)
         largest, power = states.expansion(v)
         code = states.expand(v, largest, power, False, NATIVE)
         _store(_address(entry, 2, tl.uint8), offsets, code, inside, WHOLE)
-        tl.store(start + 2 * row + 1, _pair(largest, power), mask=known)
-
-
-@triton.jit
-def _pair(largest, power):
-    """Two FP32 numbers in the order of memory, the first given by its bits: int64."""
-    high = power.to(tl.int32, bitcast=True).to(tl.int64) << 32
-    return high | (largest.to(tl.int64) & 0xFFFFFFFF)
+        tl.store(start + 2 * row + 1, states.join_pair(largest, power), mask=known)
 
 
 @triton.jit

@@ -41,8 +41,20 @@ class StoreStatistics:
     """Codes that changed, int64 0-dim."""
     saturated: Tensor
     """Codes at either end of the grid, int64 0-dim."""
+    broken: Tensor
+    """New values that were not finite and whose codes stayed, int64 0-dim."""
     numel: int
     """Codes in all."""
+
+    @classmethod
+    def of(cls, counts: Tensor, numel: int) -> StoreStatistics:
+        """Take flips, saturated and broken, int64 [3], apart."""
+        flips, saturated, broken = counts.unbind()
+        return cls(flips, saturated, broken, numel)
+
+    def counts(self) -> Tensor:
+        """Flips, saturated and broken: int64 [3]."""
+        return torch.stack([self.flips, self.saturated, self.broken])
 
     @property
     def flip_rate(self) -> float:
@@ -181,10 +193,7 @@ class GridWeight:
                 f"{list(new.shape)}: give the same shape"
             )
         if not new.isfinite().all():
-            raise DivergenceError(
-                "a weight update is NaN or Inf: lower the learning rate or go on from an earlier "
-                "checkpoint"
-            )
+            raise not_finite()
         old = self.to_qtensor()
         # Relative to the old code, and with the product rounded as decode() rounds it (no fused
         # multiply-add): (code * scale) / scale is not always code, so dividing the new value alone
@@ -206,7 +215,7 @@ class GridWeight:
         # Before the write: 8-bit codes are not unpacked, so ``old`` is the stored memory itself.
         flips = (codes != old.codes).sum()
         self.codes.copy_(_pack(codes, self.format))
-        return StoreStatistics(flips, saturated, codes.numel())
+        return StoreStatistics(flips, saturated, torch.zeros_like(flips), codes.numel())
 
     @property
     def nbytes(self) -> int:
@@ -270,6 +279,13 @@ def _rebuild_parameter(grid: GridWeight, requires_grad: bool) -> GridParameter:
     parameter = grid.parameter()
     parameter.requires_grad = requires_grad
     return parameter
+
+
+def not_finite() -> DivergenceError:
+    """What is raised for new values that are not finite."""
+    return DivergenceError(
+        "a weight update is NaN or Inf: lower the learning rate or go on from an earlier checkpoint"
+    )
 
 
 def grid_format(bits: float) -> Format:

@@ -7,6 +7,8 @@ which a codec may keep in 8 bits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,37 @@ from megafp4.optim.states import GridCodec, State
 
 DITHER_BITS = 32
 """A late update is 1e-4 of a grid step or less: 8 random bits would never let it through."""
+
+
+class GridNumbers(NamedTuple):
+    """What one step multiplies and adds, computed in double precision and used in single."""
+
+    decay: float
+    """Factor of the moved weight: 1 - lr * weight decay."""
+    move: float
+    """-lr * sqrt(1 - beta2^t) / (1 - beta1^t)."""
+    beta2: float
+    """Factor of the second moment."""
+    rest1: float
+    """1 - beta1."""
+    rest2: float
+    """1 - beta2."""
+    eps: float
+    """Added to the uncorrected root of the second moment."""
+
+    @classmethod
+    def of(cls, hyper: AdamHyper, step: int) -> GridNumbers:
+        """Numbers of a step, whose index is counted from 0."""
+        beta1, beta2 = hyper.betas
+        root = (1 - beta2 ** (step + 1)) ** 0.5
+        return cls(
+            decay=1 - hyper.lr * hyper.weight_decay,
+            move=-hyper.lr * root / (1 - beta1 ** (step + 1)),
+            beta2=beta2,
+            rest1=1 - beta1,
+            rest2=1 - beta2,
+            eps=hyper.eps,
+        )
 
 
 @torch.no_grad()
@@ -53,15 +86,12 @@ def dqt_step(
     Raises:
         DivergenceError: The new weight is not finite.
     """
-    m.lerp_(grad, 1 - hyper.betas[0])
-    v.mul_(hyper.betas[1]).addcmul_(grad, grad, value=1 - hyper.betas[1])
-    correction1 = 1 - hyper.betas[0] ** (step + 1)
-    correction2 = 1 - hyper.betas[1] ** (step + 1)
-    weight = grid.decode()
-    move = hyper.lr * correction2**0.5 / correction1
-    weight.addcdiv_(m, v.sqrt().add_(hyper.eps), value=-move)
-    if hyper.weight_decay:
-        weight.add_(weight, alpha=-hyper.lr * hyper.weight_decay)
+    numbers = GridNumbers.of(hyper, step)
+    # As in adamw_update: one IEEE operation after the other, which every device rounds alike.
+    m.add_((grad - m).mul_(numbers.rest1))
+    v.mul_(numbers.beta2).add_((grad * numbers.rest2).mul_(grad))
+    denominator = v.double().sqrt().float().add_(numbers.eps)
+    weight = grid.decode().add_((m / denominator).mul_(numbers.move)).mul_(numbers.decay)
     return grid.store(weight, key, rounding=rounding, dither_bits=DITHER_BITS)
 
 

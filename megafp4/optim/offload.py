@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from megafp4.errors import UnsupportedError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
-from megafp4.optim.adamw import AdamHyper, StepNumbers
-from megafp4.optim.dqt import grid_step
+from megafp4.optim.adamw import StepNumbers
 from megafp4.optim.fused import Dense, FusedSteps, exact_steps
+from megafp4.optim.grid_step import GridStep
 from megafp4.optim.host_memory import HostMemory
 from megafp4.optim.quantizers import GROUP
-from megafp4.optim.states import GridCodec, State, StateCodec
+from megafp4.optim.states import State, StateCodec
 from megafp4.optim.zero_grids import grid_rows
 
 WINDOW_ELEMENTS = 1 << 24
@@ -209,41 +209,30 @@ class HostStates:
             torch.autograd.graph.increment_version(one.param)
 
     def grid_step(
-        self,
-        name: str,
-        codec: GridCodec,
-        grid: GridWeight,
-        grad: Tensor,
-        hyper: AdamHyper,
-        step: int,
-        seed: int,
+        self, name: str, grid: GridWeight, grad: Tensor, how: GridStep
     ) -> StoreStatistics:
-        """Move a weight on a grid, or rows of one, as :func:`megafp4.optim.dqt.grid_step` does.
+        """Move a weight on a grid, or rows of one, as :meth:`GridStep.move` does.
 
         Args:
             name: Parameter or piece.
-            codec: How its moments are kept.
             grid: The weight or rows; its codes are overwritten.
-            grad: FP32 gradient, of as many elements.
-            hyper: Constants of the step.
-            step: Index of the step.
-            seed: Seed of the run.
+            grad: FP32 or BF16 gradient, of as many elements.
+            how: The step.
 
         Raises:
-            DivergenceError: A new value is not finite; rows before it may have moved.
+            DivergenceError: As there; rows before may have moved.
             UnsupportedError: A CUDA graph is being recorded, or a thousand rows, which must not be
                 parted in a width without factors of two, are larger than a window.
         """
         width, total = grid.shape[1], grid.shape.numel()
         flat = grad.reshape(-1)
-        flips = torch.zeros((), dtype=torch.int64, device=grid.codes.device)
-        saturated = torch.zeros_like(flips)
+        found: list[StoreStatistics] = []
         for window in self._walk(self._grid_windows(name, width, total)):
             ((_, start, stop),), (state,) = window.spans, window.states
             rows = grid_rows(grid, start // width, stop // width)
-            found = grid_step(codec, rows, flat[start:stop], state, hyper, step, seed)
-            flips, saturated = flips + found.flips, saturated + found.saturated
-        return StoreStatistics(flips, saturated, total)
+            found.append(how.move(rows, flat[start:stop], state, fused=self._fused))
+        counts = torch.stack([one.counts() for one in found]).sum(0)
+        return StoreStatistics.of(counts, total)
 
     def _walk(self, windows: Sequence[_Window]) -> Iterator[_Window]:
         """Bring window after window to the device, and back when the next one is asked for."""

@@ -24,8 +24,8 @@ from megafp4.errors import CheckpointError, ConfigError, DivergenceError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.numerics.philox import Key
 from megafp4.optim.adamw import AdamHyper, StepNumbers
-from megafp4.optim.dqt import grid_step
 from megafp4.optim.fused import Dense, FusedSteps, exact_steps
+from megafp4.optim.grid_step import GridStep, check_stored, takes_kernel
 from megafp4.optim.offload import HostStates
 from megafp4.optim.states import CODECS, GRID_CODECS, FP32States, GridCodec, State, StateCodec
 
@@ -99,7 +99,7 @@ class Optimizer:
     @property
     def can_run_ahead(self) -> bool:
         """Whether :meth:`step` never waits for the device, given device tensors."""
-        return self.fused and not any(grid_of(param) for param in self.params.values())
+        return self.fused and kernels_take(self.params.values())
 
     def step(
         self,
@@ -121,12 +121,14 @@ class Optimizer:
 
         Raises:
             DivergenceError: ``grad_scale`` is not finite, which means that the gradients are not
-                (nothing has moved then), or the new value of a grid parameter is not. A tensor is
-                not looked at: whoever passes one sets ``skip``.
+                (nothing has moved then), or the new value of a grid parameter is not. With a tensor
+                nobody looks: whoever passes one sets ``skip`` and reads ``broken`` of
+                :attr:`grid_statistics`.
         """
         if isinstance(grad_scale, Tensor):
-            flag = None if skip is None else skip.view(1)
-            self._dense_step(step, lr, grad_scale.float().view(1), flag)
+            flag, factor = None if skip is None else skip.view(1), grad_scale.float().view(1)
+            self._dense_step(step, lr, factor, flag)
+            self._grid_step(step, lr, factor, flag)
             return
         if not math.isfinite(grad_scale):
             raise DivergenceError(
@@ -134,23 +136,27 @@ class Optimizer:
                 "from an earlier checkpoint"
             )
         scale = None
-        if grad_scale != 1.0 and self._dense:
-            device = next(iter(self._dense.values())).param.device
+        if grad_scale != 1.0 and self.params:
+            device = next(iter(self.params.values())).device
             scale = torch.full((1,), grad_scale, device=device)
         self._dense_step(step, lr, scale, None)
+        self._grid_step(step, lr, scale, None)
+        check_stored(self.grid_statistics)
+
+    def _grid_step(self, step: int, lr: float, scale: Tensor | None, skip: Tensor | None) -> None:
+        """Move all parameters on a grid."""
         self.grid_statistics = {}
         for name, param in self.params.items():
             grid = grid_of(param)
             if param.grad is None or grid is None:
                 continue
-            grad = param.grad.float()
-            if grad_scale != 1.0:
-                grad = grad * grad_scale
-            codec, hyper, seed = grid_codec(self.config), self._hyper(param, lr), self.seed
+            how = GridStep(
+                grid_codec(self.config), self._hyper(param, lr), step, self.seed, scale, skip
+            )
             if self._host is not None:
-                found = self._host.grid_step(name, codec, grid, grad, hyper, step, seed)
+                found = self._host.grid_step(name, grid, param.grad, how)
             else:
-                found = grid_step(codec, grid, grad, self.states[name], hyper, step, seed)
+                found = how.move(grid, param.grad, self.states[name], fused=self.fused)
             self.grid_statistics[name] = found
 
     def _dense_step(self, step: int, lr: float, scale: Tensor | None, skip: Tensor | None) -> None:
@@ -314,6 +320,11 @@ def grid_of(param: Tensor) -> GridWeight | None:
     """The grid that a parameter stands for, or None for a dense one."""
     grid: GridWeight | None = getattr(param, "grid", None)
     return grid
+
+
+def kernels_take(params: Iterable[Tensor]) -> bool:
+    """Whether kernels can move all that are on a grid."""
+    return all(takes_kernel(grid) for param in params if (grid := grid_of(param)) is not None)
 
 
 def memory_report(

@@ -19,8 +19,8 @@ from megafp4.errors import ConfigError
 from megafp4.numerics import Key
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.optim.adamw import AdamHyper, StepNumbers
-from megafp4.optim.dqt import grid_step
 from megafp4.optim.fused import Dense, FusedSteps, exact_steps
+from megafp4.optim.grid_step import GridStep
 from megafp4.optim.offload import HostStates
 from megafp4.optim.optimizer import codec_of, grid_codec, grid_of
 from megafp4.optim.quantizers import GROUP
@@ -178,7 +178,7 @@ class PieceStates:
                 piece.param.grad = None
 
     def grid_step(
-        self, name: str, rows: GridWeight, grad: Tensor, hyper: AdamHyper, step: int, seed: int
+        self, name: str, rows: GridWeight, grad: Tensor, how: GridStep
     ) -> StoreStatistics:
         """Take a Direct Quantized Training step of the owned rows of a grid weight.
 
@@ -186,17 +186,14 @@ class PieceStates:
             name: The parameter.
             rows: Its owned rows; their codes are overwritten.
             grad: FP32, of as many elements.
-            hyper: Constants of the step.
-            step: Index of the step.
-            seed: Seed of the run.
+            how: The step.
 
         Raises:
-            DivergenceError: A new value is not finite.
+            DivergenceError: As :meth:`GridStep.move`.
         """
-        codec = grid_codec(self._config)
         if self._host is not None:
-            return self._host.grid_step(name, codec, rows, grad, hyper, step, seed)
-        return grid_step(codec, rows, grad, self._states[name], hyper, step, seed)
+            return self._host.grid_step(name, rows, grad, how)
+        return how.move(rows, grad, self._states[name], fused=self._fused)
 
     def layout(self, name: str) -> dict[str, StateKind]:
         """What is kept of a parameter, whether or not this rank owns a piece of it."""

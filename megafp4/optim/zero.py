@@ -29,7 +29,8 @@ from megafp4.errors import ConfigError
 from megafp4.numerics.grid import StoreStatistics
 from megafp4.optim.adamw import AdamHyper
 from megafp4.optim.arrivals import Arrivals
-from megafp4.optim.optimizer import grid_of
+from megafp4.optim.grid_step import GridStep, check_stored
+from megafp4.optim.optimizer import grid_codec, grid_of, kernels_take
 from megafp4.optim.shard_states import (
     PieceStates,
     bucket_kinds,
@@ -170,7 +171,7 @@ class ZeroOptimizer(ShardedOptimizer):
     @property
     def can_run_ahead(self) -> bool:
         """Whether :meth:`step` never waits for the device, given device tensors."""
-        return self.fused and not any(grid_of(param) for param in self.params.values())
+        return self.fused and kernels_take(self.params.values())
 
     def begin(self, last: bool) -> None:
         """Announce the backward pass of a micro-batch; ``last`` if it is the step's last one."""
@@ -219,17 +220,15 @@ class ZeroOptimizer(ShardedOptimizer):
                 self.arrivals.start(index, gather_shards(self.group, weights, what))
                 continue
             for piece in self._owned[index]:
-                grad = piece.of(shard)
+                hyper, rows = self._hyper(piece.name, lr), self._grids.pieces[piece.name]
+                how = GridStep(grid_codec(self.config), hyper, step, self.seed, scale, skip)
                 grid_steps[piece.name] = self._states.grid_step(
-                    piece.name,
-                    self._grids.pieces[piece.name],
-                    grad if scale is None else grad * scale,
-                    self._hyper(piece.name, lr),
-                    step,
-                    self.seed,
+                    piece.name, rows, piece.of(shard), how
                 )
         self._grids.gather()
         self.grid_statistics = self._grids.statistics(grid_steps)
+        if not isinstance(grad_scale, Tensor):
+            check_stored(self.grid_statistics)
         self._amax.measure()
         if not self.arrivals.awaited_by_modules:
             self.arrivals.wait()

@@ -19,7 +19,8 @@ from megafp4.config import OptimConfig
 from megafp4.errors import ConfigError, UnsupportedError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.optim.adamw import AdamHyper
-from megafp4.optim.optimizer import grid_of, storage_bytes
+from megafp4.optim.grid_step import GridStep, check_stored, takes_kernel
+from megafp4.optim.optimizer import grid_codec, grid_of, storage_bytes
 from megafp4.optim.quantizers import GROUP
 from megafp4.optim.shard_states import PieceStates, StateKind, whole_state
 from megafp4.optim.sharded import ShardedOptimizer
@@ -134,7 +135,7 @@ class Zero3Optimizer(ShardedOptimizer):
     @property
     def can_run_ahead(self) -> bool:
         """Whether :meth:`step` never waits for the device, given device tensors."""
-        return self.fused and not self.sharded.grids
+        return self.fused and all(map(takes_kernel, self.sharded.grids.values()))
 
     def begin(self, last: bool) -> None:
         """Announce the backward pass of a micro-batch; each one is reduced, ``last`` or not."""
@@ -202,24 +203,25 @@ class Zero3Optimizer(ShardedOptimizer):
         for name, grad in self._gradients().items():
             hyper = self._hyper(name, lr)
             if name in self.sharded.grids:
-                grad = grad if scale is None else grad * scale
-                rows, seed = self.sharded.grids[name], self.seed
-                moved[name] = self._states.grid_step(name, rows, grad, hyper, step, seed)
+                how = GridStep(grid_codec(self.config), hyper, step, self.seed, scale, skip)
+                moved[name] = self._states.grid_step(name, self.sharded.grids[name], grad, how)
             else:
                 groups.setdefault(hyper, {})[name] = grad
         for hyper, grads in groups.items():
             self._states.step(grads, hyper, step, scale, skip)
         self.sharded.reshard()
         self.grid_statistics = self._statistics(moved)
+        if not isinstance(grad_scale, Tensor):
+            check_stored(self.grid_statistics)
 
     def _statistics(self, moved: Mapping[str, StoreStatistics]) -> dict[str, StoreStatistics]:
         """Add up what the ranks' steps did to each grid weight."""
         if not moved:
             return {}
-        counts = torch.stack([torch.stack([one.flips, one.saturated]) for one in moved.values()])
-        flips, saturated = self.group.all_reduce(counts, "grid statistics").unbind(1)
+        counts = torch.stack([one.counts() for one in moved.values()])
+        total = self.group.all_reduce(counts, "grid statistics")
         return {
-            name: StoreStatistics(flips[i], saturated[i], self.params[name].numel())
+            name: StoreStatistics.of(total[i], self.params[name].numel())
             for i, name in enumerate(moved)
         }
 

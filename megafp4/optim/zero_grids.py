@@ -71,18 +71,11 @@ class GridShards:
         if not self._grids:
             return {}
         device = next(iter(self._grids.values())).codes.device
-        none = torch.zeros((), dtype=torch.int64, device=device)
-        counts = torch.stack(
-            [
-                torch.stack([found[name].flips, found[name].saturated])
-                if name in found
-                else none.expand(2)
-                for name in self._grids
-            ]
-        )
-        flips, saturated = self.group.all_reduce(counts, "grid statistics").unbind(1)
+        none = torch.zeros(3, dtype=torch.int64, device=device)
+        counts = torch.stack([found[n].counts() if n in found else none for n in self._grids])
+        total = self.group.all_reduce(counts, "grid statistics")
         return {
-            name: StoreStatistics(flips[i], saturated[i], grid.shape.numel())
+            name: StoreStatistics.of(total[i], grid.shape.numel())
             for i, (name, grid) in enumerate(self._grids.items())
         }
 

@@ -29,16 +29,17 @@ class Flight:
     batches: list[MicroBatch]
     """What it was trained on, to find a culprit."""
     numbers: Tensor
-    """FP64 [2] on the host: loss and gradient norm, valid once ``arrived``."""
+    """FP64 [3] on the host: loss, gradient norm, and how many new values of weights on a grid were
+    not finite; valid once ``arrived``."""
     arrived: torch.cuda.Event | None
     """Recorded behind the copy; None on a CPU."""
 
-    def read(self) -> tuple[float, float]:
-        """Loss and gradient norm; waits for the device if it is not there yet."""
+    def read(self) -> tuple[float, float, int]:
+        """The numbers; waits for the device if they are not there yet."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, norm = self.numbers.tolist()
-        return loss, norm
+        loss, norm, broken = self.numbers.tolist()
+        return loss, norm, int(broken)
 
 
 class DeviceGuard:
@@ -73,12 +74,20 @@ class DeviceGuard:
         return (spike | ~found.isfinite() | ~norm.isfinite()).float()
 
 
-def launch(step: int, lr: float, batches: list[MicroBatch], loss: Tensor, norm: Tensor) -> Flight:
-    """Send loss and norm on their way to the host."""
-    numbers = torch.stack((loss.double(), norm.double()))
+def launch(
+    step: int,
+    lr: float,
+    batches: list[MicroBatch],
+    loss: Tensor,
+    norm: Tensor,
+    broken: Tensor | None,
+) -> Flight:
+    """Send what a step has found on its way to the host."""
+    broken = torch.zeros_like(norm) if broken is None else broken
+    numbers = torch.stack((loss.double(), norm.double(), broken.double()))
     if not numbers.is_cuda:
         return Flight(step, lr, batches, numbers, None)
-    host = torch.empty(2, dtype=torch.float64, pin_memory=True)
+    host = torch.empty(3, dtype=torch.float64, pin_memory=True)
     host.copy_(numbers, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()

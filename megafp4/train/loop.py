@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 
 from megafp4.numerics import Runs
+from megafp4.numerics.grid import not_finite
 from megafp4.optim import Optimizer, clip_grad_norm, clip_grad_norm_on_device, learning_rate
 from megafp4.optim.deepspeed import DeepSpeedOptimizer
+from megafp4.optim.grid_step import broken_values
 from megafp4.optim.zero import ZeroOptimizer
 from megafp4.parallel.mesh import STEP_TIMEOUT, TIMEOUT
 from megafp4.train import state
@@ -219,7 +221,8 @@ def _take_step_ahead(
     run.optimizer.step(step, lr, grad_scale=scale, skip=skip)
     run.note_magnitudes()
     run.optimizer.zero_grad()
-    run.flight = launch(step, lr, batches, loss, norm)
+    broken = broken_values(run.optimizer.grid_statistics)
+    run.flight = launch(step, lr, batches, loss, norm, broken)
     run.data.prefetch(step + 1)
     return run.flight
 
@@ -241,7 +244,7 @@ def read(run: Run) -> StepResult:
     """
     assert run.flight is not None
     flight, run.flight = run.flight, None
-    loss, norm = flight.read()
+    loss, norm, broken = flight.read()
     suspects = _suspects(run, flight.batches)
     check_finite_loss(flight.step + 1, loss, run.model, suspects)
     if not math.isfinite(norm) and suspects is not None:
@@ -250,6 +253,8 @@ def read(run: Run) -> StepResult:
         run.optimizer.zero_grad()
         accumulate_gradients(run, flight.step, flight.batches)
     check_finite_gradients(flight.step + 1, norm, run.model, suspects)
+    if broken:
+        raise not_finite()
     _is_spike(run, flight.step, loss)
     return StepResult(loss, norm, flight.lr)
 

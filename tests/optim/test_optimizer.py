@@ -269,6 +269,22 @@ def test_a_fused_optimizer_leaves_grid_parameters_their_own_step() -> None:
     assert fused.grid_statistics.keys() == {"a", "b"}
 
 
+def test_grid_weights_follow_a_tensor_scale_and_a_flag_too() -> None:
+    found = []
+    for scale, skip in ((0.25, None), (torch.tensor(0.25).double(), 0.0), (torch.tensor(9.0), 1.0)):
+        torch.manual_seed(1)
+        optimizer = mixed()
+        set_gradients(optimizer)
+        before = stored(optimizer)
+        flag = None if skip is None else torch.tensor(skip)
+        optimizer.step(0, 1e-2, grad_scale=scale, skip=flag)
+        found.append(stored(optimizer))
+        flips = sum(int(one.flips) for one in optimizer.grid_statistics.values())
+        assert (flips > 0) == (skip != 1.0)
+    assert_same(found[0], found[1])
+    assert_same(before, found[2])
+
+
 def test_a_tensor_scale_is_a_number_and_a_flag_stops_the_step() -> None:
     def dense() -> Optimizer:
         torch.manual_seed(1)

@@ -105,7 +105,7 @@ def test_every_codec_is_held_to_the_specification_and_timed(
     assert not report.failed
     assert not report.left_out
     rows = {row["states, gradients"]: row for row in report.rows}
-    assert len(rows) == 2 * len(CODECS)
+    assert len(rows) == 2 * len(CODECS) + 5
     plain = rows["fp32, BF16"]
     assert plain["moved B"] == 2 * 12 + 2
     assert plain["allocated B"] == 12
@@ -115,13 +115,17 @@ def test_every_codec_is_held_to_the_specification_and_timed(
     lean = rows["fp8lm, FP32"]
     assert 5 < lean["allocated B"] <= 7.05
     assert lean["weight B"] == 2
+    grid = rows["dqt4 coat, FP32"]
+    assert 0.5 < grid["weight B"] < 0.6
+    assert grid["states B"] == 2.125
 
 
 def test_a_step_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "_CHECKED", ((3, 129),))
-    assert optim.difference("coat", torch.float32, "cpu", False) == 0.0
+    monkeypatch.setattr(optim, "_CHECKED", ((3, 129), (7,)))
+    assert optim.difference(optim.Way("coat", torch.float32), "cpu", False) == 0.0
+    assert optim.difference(optim.Way("coat", torch.float32, 4), "cpu", False) == 0.0
     monkeypatch.setattr(optim, "_kept", lambda one: [torch.ones(8) * one.fused])
-    assert optim.difference("coat", torch.float32, "cpu", True) > 0.0
+    assert optim.difference(optim.Way("coat", torch.float32), "cpu", True) > 0.0
 
 
 SPLIT = {"tp": 2, "sequence": True}

@@ -31,14 +31,21 @@ def build_fused(config: Any, **options: Any) -> Run:
     return run
 
 
-@pytest.mark.parametrize("changes", [{}, {"log_interval": 3, "checkpoint_interval": 4}])
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [("mxfp4", {}), ("mxfp4", {"log_interval": 3, "checkpoint_interval": 4}), ("dqt8", {})],
+)
 def test_late_numbers_are_the_same_numbers(
-    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
+    corpus: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    changes: dict[str, int],
 ) -> None:
     shared = {"layers": 1, "dropout": 0.1, "steps": 7, "eval_interval": 5, **changes}
-    train(build_fused(tiny(corpus, tmp_path / "waits", "mxfp4", **shared)))
+    train(build_fused(tiny(corpus, tmp_path / "waits", recipe, **shared)))
     monkeypatch.setattr(Run, "runs_ahead", property(lambda run: True))
-    run = build_fused(tiny(corpus, tmp_path / "ahead", "mxfp4", **shared))
+    run = build_fused(tiny(corpus, tmp_path / "ahead", recipe, **shared))
     late = []
     real = loop.read
 
@@ -142,8 +149,29 @@ def test_spikes_are_skipped_and_several_in_a_row_end_the_run(
         train(build_fused(config))
 
 
+def test_grid_values_that_were_not_stored_end_the_run_a_step_late(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "runs_ahead", property(lambda run: True))
+    config = tiny(corpus, tmp_path, "dqt8", log_interval=0, eval_interval=0)
+    run, steps = build_fused(config), []
+    real = run.optimizer.step
+
+    def step(at: int, *args: Any, **options: Any) -> None:
+        real(at, *args, **options)
+        steps.append(at)
+        if at == 2:  # as a kernel says it
+            next(iter(run.optimizer.grid_statistics.values())).broken.add_(1)
+
+    run.optimizer.step = step  # type: ignore[method-assign]
+    with pytest.raises(DivergenceError, match="weight update is NaN or Inf"):
+        train(run)
+    assert steps == [0, 1, 2]
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.usefixtures("_always_ahead")
-def test_grid_recipes_wait(corpus: str, tmp_path: Path) -> None:
+def test_grid_recipes_wait_where_no_kernel_moves_them(corpus: str, tmp_path: Path) -> None:
     run = build_fused(tiny(corpus, tmp_path, "dqt8", steps=2))
     train(run)
     assert run.device_guard is None

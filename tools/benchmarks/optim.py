@@ -14,8 +14,9 @@ from benchmarks.report import Report
 from benchmarks.session import Session
 from benchmarks.timing import Work
 from megafp4.config import OptimConfig
+from megafp4.numerics.grid import GridWeight
 from megafp4.optim import Optimizer, build_optimizer
-from megafp4.optim.optimizer import storage_bytes
+from megafp4.optim.optimizer import grid_of, storage_bytes
 from megafp4.optim.states import CODECS
 
 WIDTH = 4096
@@ -36,6 +37,31 @@ _CHECKED_STEPS = 3
 _LR = 1e-3
 
 
+class Way(NamedTuple):
+    """How weights and states are kept, and what gradients are."""
+
+    states: str
+    """Value of ``optim.states``."""
+    dtype: torch.dtype
+    """Type of the gradients."""
+    bits: float = 0
+    """Bits of a weight on a grid; 0 for dense ones."""
+
+    @property
+    def name(self) -> str:
+        """Name of the row."""
+        label = "FP32" if self.dtype == torch.float32 else "BF16"
+        on = f"dqt{self.bits:g} " if self.bits else ""
+        return f"{on}{self.states}, {label}"
+
+
+WAYS = [
+    *(Way(states, dtype) for states in CODECS for dtype in (torch.float32, torch.bfloat16)),
+    *(Way(states, torch.float32, 8) for states in ("fp32", "coat")),
+    *(Way("coat", torch.float32, bits) for bits in (4, 3, 1.58)),
+]
+
+
 class Kept(NamedTuple):
     """An optimizer with gradients, and what its memory is."""
 
@@ -48,7 +74,7 @@ class Kept(NamedTuple):
 def measure(
     session: Session, parameters: int, rounds: int, matrices: int = 32, fused: bool = True
 ) -> Report:
-    """Time a step of every codec with FP32 and with BF16 gradients.
+    """Time a step of every codec with FP32 and with BF16 gradients, and of weights on grids.
 
     The check is the share of bits of weights and states that differ from the CPU's after three
     steps of a smaller model; it must be 0.
@@ -64,28 +90,25 @@ def measure(
     shapes = [(rows, WIDTH)] * matrices
     millions = matrices * rows * WIDTH / 1e6
     report = session.report(f"AdamW step of {millions:,.0f} M parameters", _COLUMNS, "of copy")
-    for states in CODECS:
-        for dtype in (torch.float32, torch.bfloat16):
-            label = "FP32" if dtype == torch.float32 else "BF16"
-            name = f"{states}, {label}"
-            if session.starts(report, name):
-                _row(report, session, name, (states, dtype, shapes), rounds, fused)
+    for way in WAYS:
+        if session.starts(report, way.name):
+            _row(report, session, way, shapes, rounds, fused)
     return report
 
 
-def difference(states: str, dtype: torch.dtype, device: str, fused: bool) -> float:
+def difference(way: Way, device: str, fused: bool) -> float:
     """Share of bytes of weights and states that differ from the specification's."""
     exact, found = (
-        build_optimizer(_params(_CHECKED, at), OptimConfig(states=states), 7, fused=by_kernel)
+        build_optimizer(_params(_checked(way), at, way.bits), _config(way), 7, fused=by_kernel)
         for at, by_kernel in (("cpu", False), (device, fused))
     )
     for step in range(_CHECKED_STEPS):
         draws = torch.Generator().manual_seed(step)
         for name, param in exact.params.items():
-            grad = torch.randn(param.shape, generator=draws).to(dtype)
+            grad = torch.randn(param.shape, generator=draws).to(way.dtype)
             for optimizer in (exact, found):
                 mine = optimizer.params[name]
-                mine.grad_dtype = dtype
+                mine.grad_dtype = way.dtype
                 mine.grad = grad.to(mine.device)
         exact.step(step, _LR, 0.5)
         scale = torch.tensor(0.5, dtype=torch.float64, device=device)
@@ -99,17 +122,15 @@ def difference(states: str, dtype: torch.dtype, device: str, fused: bool) -> flo
     return different / total
 
 
-def keep(
-    states: str, dtype: torch.dtype, shapes: list[tuple[int, ...]], device: str, fused: bool
-) -> Kept:
+def keep(way: Way, shapes: list[tuple[int, ...]], device: str, fused: bool) -> Kept:
     """Allocate an optimizer, measure it, and give every parameter a gradient."""
     on_gpu = device == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    optimizer = build_optimizer(_params(shapes, device), OptimConfig(states=states), 7, fused=fused)
+    optimizer = build_optimizer(_params(shapes, device, way.bits), _config(way), 7, fused=fused)
     after = torch.cuda.memory_allocated() if on_gpu else storage_bytes(_kept(optimizer))
     for param in optimizer.params.values():
-        param.grad_dtype = dtype
-        param.grad = torch.randn(param.shape, device=device, dtype=dtype)
+        param.grad_dtype = way.dtype
+        param.grad = torch.randn(param.shape, device=device, dtype=way.dtype)
     count = sum(param.numel() for param in optimizer.params.values())
     return Kept(optimizer, count, after - before)
 
@@ -117,17 +138,16 @@ def keep(
 def _row(
     report: Report,
     session: Session,
-    name: str,
-    what: tuple[str, torch.dtype, list[tuple[int, ...]]],
+    way: Way,
+    shapes: list[tuple[int, ...]],
     rounds: int,
     fused: bool,
 ) -> None:
-    states, dtype, shapes = what
     device = session.device
     kept: list[Kept] = []
 
     def works() -> dict[str, Work]:
-        kept.append(keep(states, dtype, shapes, device, fused))
+        kept.append(keep(way, shapes, device, fused))
         scale = torch.ones((), dtype=torch.float64, device=device)
         skip = torch.zeros((), device=device)
         ours = kept[0].optimizer
@@ -137,17 +157,17 @@ def _row(
         }
 
     checked = session.checked(
-        report, name, 0.0, lambda: difference(states, dtype, device, fused), works, rounds
+        report, way.name, 0.0, lambda: difference(way, device, fused), works, rounds
     )
     if checked is None:
         return
     error, times = checked
     one, ms = kept[0], times["ours"].median
-    weights = sum(param.nbytes for param in one.optimizer.params.values())
+    weights = storage_bytes(_weights(one.optimizer))
     state_bytes = one.optimizer.state_bytes()
-    moved = 2 * (weights + state_bytes) + one.parameters * dtype.itemsize
+    moved = 2 * (weights + state_bytes) + one.parameters * way.dtype.itemsize
     report.add(
-        name,
+        way.name,
         ms,
         moved / ms / 1e9,
         moved / ms / 1e9 / report.ceilings[COPY],
@@ -171,19 +191,44 @@ def _torch_step(shapes: list[tuple[int, ...]], device: str) -> Work:
     return optimizer.step
 
 
-def _params(shapes: Iterable[tuple[int, ...]], device: str) -> list[tuple[str, nn.Parameter]]:
+def _config(way: Way) -> OptimConfig:
+    return OptimConfig(states=way.states)  # type: ignore[arg-type]
+
+
+def _checked(way: Way) -> Iterable[tuple[int, ...]]:
+    """Shapes of the slice: on a grid matrices, of widths that kernels take."""
+    if not way.bits:
+        return _CHECKED
+    return [(shape[0], shape[1] // 128 * 128) for shape in _CHECKED if len(shape) == 2]
+
+
+def _params(
+    shapes: Iterable[tuple[int, ...]], device: str, bits: float = 0
+) -> list[tuple[str, nn.Parameter]]:
     draws = torch.Generator().manual_seed(1)
     found = []
     for index, shape in enumerate(shapes):
+        # The slice's are made on the host, so that all devices begin with the same.
         small = math.prod(shape) <= math.prod(_CHECKED[0])
-        value = (
-            torch.randn(shape, generator=draws).to(device)
-            if small
-            else torch.randn(shape, device=device)
+        value = 0.02 * (
+            torch.randn(shape, generator=draws) if small else torch.randn(shape, device=device)
         )
-        found.append((f"weight{index}", nn.Parameter(value * 0.02)))
+        param = nn.Parameter(value.to(device))
+        if bits:
+            grid = GridWeight.from_dense(value, bits, range=3.0, layer=index)
+            grid.codes, grid.scale = grid.codes.to(device), grid.scale.to(device)
+            param = grid.parameter()
+        found.append((f"weight{index}", param))
+    return found
+
+
+def _weights(optimizer: Optimizer) -> list[Tensor]:
+    found: list[Tensor] = []
+    for param in optimizer.params.values():
+        grid = grid_of(param)
+        found += [param] if grid is None else [grid.codes, grid.scale]
     return found
 
 
 def _kept(optimizer: Optimizer) -> list[Tensor]:
-    return [*optimizer.params.values(), *optimizer.state_dict().values()]
+    return [*_weights(optimizer), *optimizer.state_dict().values()]
