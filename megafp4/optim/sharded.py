@@ -16,6 +16,7 @@ from megafp4.optim.optimizer import storage_bytes
 from megafp4.optim.shard_states import OwnedState, PieceStates, StateKind, rows_of, whole_state
 from megafp4.parallel.bucket import Bucket, Piece
 from megafp4.parallel.collectives import Group
+from megafp4.parallel.reduce import Reducer
 
 
 class ShardedOptimizer(ABC):
@@ -26,6 +27,8 @@ class ShardedOptimizer(ABC):
     config: OptimConfig
     group: Group
     """The owners."""
+    reducer: Reducer
+    """Sums gradients over them."""
     _states: PieceStates
 
     @abstractmethod

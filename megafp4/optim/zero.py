@@ -94,6 +94,7 @@ class ZeroOptimizer(ShardedOptimizer):
     ) -> None:
         self.params = dict(params)
         self.config, self.seed, self.group, self.fused = config, seed, group, fused
+        self.reducer = reducer
         self.grid_statistics: dict[str, StoreStatistics] = {}
         """Flips and saturation of each grid parameter in the last step."""
         self._model = Group("model") if model is None else model

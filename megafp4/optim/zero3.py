@@ -74,6 +74,7 @@ class Zero3Optimizer(ShardedOptimizer):
         partial: Mapping[str, Group] = MappingProxyType({}),
     ) -> None:
         self.config, self.seed, self.group, self.fused = config, seed, group, fused
+        self.reducer = reducer
         self.grid_statistics: dict[str, StoreStatistics] = {}
         """Flips and saturation of each grid parameter in the last step."""
         self._model = Group("model") if model_group is None else model_group

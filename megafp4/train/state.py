@@ -5,6 +5,9 @@ the generators that dropout draws from, and what the backend carries from call t
 far the run is, the guard's running mean, the precision ledger, the clock. Data needs nothing:
 batches follow from the step.
 
+What belongs to ranks and not to the model, a backend's state and the scales of gradients on
+FP8-LM's wire, goes on where the mesh is the same and starts anew elsewhere.
+
 Several ranks save what each holds, and any number of ranks goes on from it: tensors are found by
 their place in the whole model, whatever mesh had them. Only scales of optimizer state that belong
 to a tp rank's part stay that rank's: such a run keeps its tp.
@@ -28,9 +31,11 @@ from megafp4.checkpoint.layout import complete_steps
 from megafp4.errors import CheckpointError
 from megafp4.optim import Optimizer
 from megafp4.optim.deepspeed import DeepSpeedOptimizer
+from megafp4.optim.sharded import ShardedOptimizer
 from megafp4.optim.zero import ZeroOptimizer
 from megafp4.optim.zero3 import Zero3Optimizer
 from megafp4.parallel.mesh import MeshSizes
+from megafp4.parallel.shared_scale import SharedScaleReducer
 from megafp4.train.parallel import TIED, first_then_others, gather_objects
 from megafp4.train.parts import expected_names, model_parts, optimizer_parts
 
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from megafp4.train.build import Run
 
 _BACKEND = "backend"  # group of tensors, where the backend carries any
+_REDUCER = "reducer"  # the same of what sums gradients
 
 
 @dataclass
@@ -64,7 +70,7 @@ def save(run: Run, progress: Progress) -> None:
     """
     run.wait_for_weights()
     folder, keep = run.folder / "checkpoints", run.train.keep_checkpoints
-    carried = run.backend.state_dict(run.device)
+    carried = _carried(run)
     rng = checkpoint.capture_rng(run.device)
     meta = _meta(run, progress)
     if isinstance(run.optimizer, ZeroOptimizer):
@@ -73,13 +79,15 @@ def save(run: Run, progress: Progress) -> None:
             **_parts(run, run.optimizer, writing=True),
             # Generators do not matter to several ranks, which refuse dropout; to one they do.
             "rng": {name: _first_rank(run, tensor) for name, tensor in rng.items()},
-            f"{_BACKEND}-{run.mesh.rank}": {n: Parts.whole(t) for n, t in carried.items()},
+            **{
+                f"{group}-{run.mesh.rank}": {name: Parts.whole(t) for name, t in state.items()}
+                for group, state in carried.items()
+            },
         }
         checkpoint.save_sharded(folder, progress.done, groups, meta, run.mesh.rank, share, keep)
     else:
         tensors = {"model": _weights(run), "optimizer": run.optimizer.state_dict(), "rng": rng}
-        if carried:
-            tensors[_BACKEND] = carried
+        tensors |= carried
         write = partial(checkpoint.save, folder, progress.done, tensors, meta, keep)
         first_then_others(run.mesh, lambda: write() if run.writes else None)
     progress.saved = progress.done
@@ -96,6 +104,33 @@ def _meta(run: Run, progress: Progress) -> dict[str, Any]:
         "data": run.data.fingerprint(),
         "mesh": str(run.mesh.sizes),
     }
+
+
+def _carried(run: Run) -> dict[str, dict[str, Tensor]]:
+    """What this rank carries from step to step, by group of tensors; none of them is empty."""
+    found = {_BACKEND: run.backend.state_dict(run.device)}
+    reducer = _scaling_reducer(run)
+    if reducer is not None:
+        found[_REDUCER] = reducer.state_dict()
+    return {group: state for group, state in found.items() if state}
+
+
+def _carry_on(run: Run, reader: checkpoint.ShardedReader) -> None:
+    """Take over what this rank carried, if its mesh is the one that saved it."""
+    if reader.meta["mesh"] != str(run.mesh.sizes):
+        return
+    rank, groups = run.mesh.rank, reader.groups()
+    if f"{_BACKEND}-{rank}" in groups:
+        run.backend.load_state_dict(reader.whole(f"{_BACKEND}-{rank}"), run.device)
+    reducer = _scaling_reducer(run)
+    if reducer is not None and f"{_REDUCER}-{rank}" in groups:
+        scales = reader.whole(f"{_REDUCER}-{rank}")
+        reducer.load_state_dict({name: mu.to(run.device) for name, mu in scales.items()})
+
+
+def _scaling_reducer(run: Run) -> SharedScaleReducer | None:
+    reducer = run.optimizer.reducer if isinstance(run.optimizer, ShardedOptimizer) else None
+    return reducer if isinstance(reducer, SharedScaleReducer) else None
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
@@ -171,9 +206,7 @@ def _restore_parts(run: Run, optimizer: ZeroOptimizer, path: Path) -> tuple[int,
     for name, part in parts["optimizer"].items():
         reader.fill("optimizer", name, part)
     optimizer.weights_loaded()
-    own_group = f"{_BACKEND}-{run.mesh.rank}"
-    if reader.meta["mesh"] == str(run.mesh.sizes) and own_group in reader.groups():
-        run.backend.load_state_dict(reader.whole(own_group), run.device)
+    _carry_on(run, reader)
     return reader.step, reader.meta
 
 

@@ -171,6 +171,18 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert_equal(tmp_path / "b", tmp_path / "a")
 
 
+def test_the_scales_of_fp8_lm_go_on(corpus: str, tmp_path: Path, two: Ranks) -> None:
+    once, twice = (small(corpus, tmp_path / name) for name in ("once", "twice"))
+    two.run(job, on_ranks(once, wire="fp8-lm"))
+    two.run(job, on_ranks(twice, wire="fp8-lm"), 5)
+    saved = tensors(tmp_path / "twice")["reducer-1"]
+    assert saved
+    # It has grown in five steps, so a run that began anew would end in other bits.
+    assert all(0.5**0.5 < float(mu) < 1 for mu in saved.values())
+    two.run(job, on_ranks(twice, wire="fp8-lm"))
+    assert_equal(tmp_path / "twice", tmp_path / "once")
+
+
 def test_a_run_goes_on_with_another_tp(
     corpus: str, serial: dict[str, Path], tmp_path: Path, two: Ranks
 ) -> None:
