@@ -7,7 +7,7 @@ parameter's, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,19 +61,27 @@ class PieceStates:
     """State of the pieces that one rank owns, kept as ``config.states`` says.
 
     Args:
-        params: All parameters by name, on all ranks in one order: it numbers their random streams.
+        params: All parameters by name, the same on all ranks.
         config: How state is kept.
         seed: Seed of the stochastic rounding.
         fused: Move dense pieces by kernels if they are on a GPU.
+        names: Parameters of the whole model in its order, which numbers their random streams; None
+            if these are ``params``.
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], config: OptimConfig, seed: int, fused: bool
+        self,
+        params: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        seed: int,
+        fused: bool,
+        names: Sequence[str] | None = None,
     ) -> None:
         self._params = params
         self._config = config
         self._fused = fused
-        self._keys = {n: Key(seed, 0, i, "update", "a") for i, n in enumerate(params)}
+        order = list(params) if names is None else names
+        self._keys = {n: Key(seed, 0, i, "update", "a") for i, n in enumerate(order)}
         self._dense: dict[str, Dense] = {}
         self._states: dict[str, State] = {}
         self._launches = FusedSteps(None)

@@ -18,7 +18,7 @@ taken from a sum of squares in another order (FP64) and rounded to FP32, is the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -69,6 +69,8 @@ class ZeroOptimizer(ShardedOptimizer):
             name, and their ranks have the same place in ``group``.
         weight_amax: Keep :attr:`weight_amax`.
         tensor: Ranks of ``model`` that hold other parts of the same weights.
+        names: Parameters of the whole model in its order, if other ranks of ``model`` hold others
+            of them: random bits are then those of a rank that holds all.
 
     Raises:
         ConfigError: A dense parameter is not FP32, or sizes do not fit.
@@ -91,6 +93,7 @@ class ZeroOptimizer(ShardedOptimizer):
         partial: Mapping[str, Group] = MappingProxyType({}),
         weight_amax: bool = False,
         tensor: Group | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.params = dict(params)
         self.config, self.seed, self.group, self.fused = config, seed, group, fused
@@ -100,7 +103,7 @@ class ZeroOptimizer(ShardedOptimizer):
         self._model = Group("model") if model is None else model
         self._elsewhere = frozenset(elsewhere)
         _check(self.params, partial)
-        self._states = PieceStates(self.params, config, seed, fused)
+        self._states = PieceStates(self.params, config, seed, fused, names)
         self.buckets = plan_buckets(
             {name: param.shape for name, param in self.params.items()},
             {

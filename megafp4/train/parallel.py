@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafp4.backends import Backend
-from megafp4.config import ParallelConfig, RunConfig
+from megafp4.config import ModelConfig, ParallelConfig, RunConfig
 from megafp4.errors import ConfigError, MegaFP4Error, UnsupportedError
-from megafp4.models import QuantizedFactory
+from megafp4.models import DenseFactory, QuantizedFactory, build_model
 from megafp4.models.decoder import Decoder
 from megafp4.optim.deepspeed import DeepSpeedOptimizer
 from megafp4.optim.zero import ZeroOptimizer
@@ -246,10 +246,18 @@ def make_optimizer(
         partial=partial,
         weight_amax=weight_amax,
         tensor=mesh.tp,
+        names=_parameter_names(config.model),
     )
     ties = config.model.ties_embeddings and TIED in params
     optimizer.arrivals.await_in(model, {"head": [TIED]} if ties else {})
     return optimizer
+
+
+def _parameter_names(config: ModelConfig) -> list[str]:
+    """Names in the whole model, of which a pipeline's rank holds a part, in its order."""
+    with torch.device("meta"):
+        model = build_model(config, DenseFactory())
+    return [name for name, _ in model.named_parameters()]
 
 
 def _reducer(parallel: ParallelConfig, group: Group) -> Reducer:

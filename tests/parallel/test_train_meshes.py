@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from megafp4.config import RunConfig
 from megafp4.errors import ConfigError, UnsupportedError
-from megafp4.train.build import build, check
+from megafp4.train.build import build, check, make_mesh
 from megafp4.train.loop import StepResult, take_step, train
 from tests.parallel.pool import Ranks
 from tests.parallel.test_train import RECIPES, assert_equal, curve, job, on_ranks, small, tensors
@@ -61,6 +62,29 @@ def test_an_interleaved_pipeline_with_statistics_resumes_to_the_serial_bits(
     two.run(job, on_ranks(config, **options, schedule="gpipe"), 8)
     train(build(config, quiet=True))
     assert_equal(tmp_path, serial["mxfp4"])
+
+
+def test_a_tied_pipeline_rounds_as_the_serial_run(corpus: str, tmp_path: Path, two: Ranks) -> None:
+    # One micro-batch: of several, the two copies' gradients would add up in another order.
+    changes: dict[str, Any] = {"layers": 2, "global_batch": 2}
+    alone, piped = (small(corpus, tmp_path / name, "mxfp4", **changes) for name in ("one", "two"))
+    alone, piped = (
+        dataclasses.replace(one, optim=dataclasses.replace(one.optim, states="bf16-sr"))
+        for one in (alone, piped)
+    )
+    train(build(alone, quiet=True))
+    copies = two.run(table, on_ranks(piped, pp=2, wire="fp32", schedule="gpipe"))
+    assert_equal(tmp_path / "two", tmp_path / "one")
+    assert copies[0] == copies[1]
+
+
+def table(config: RunConfig) -> list[list[float]]:
+    """Train, and return the copy of the tied embedding that this stage holds."""
+    run = build(config, make_mesh(config), quiet=True)
+    train(run)
+    assert isinstance(run.model.embedding.weight, torch.Tensor)
+    found: list[list[float]] = run.model.embedding.weight.tolist()
+    return found
 
 
 def test_a_tied_pipeline_with_tp_follows_the_serial_run(
