@@ -47,14 +47,29 @@ class OwnedState(NamedTuple):
     """Parameter."""
     label: str
     """Kind of state, ``exp_avg`` say."""
+    shape: torch.Size
+    """Of the parameter, as this rank's model holds it; whole under ZeRO 3."""
     kind: StateKind
     """How it lies in memory."""
     start: int
-    """First element of the parameter, as this rank's model holds it; a multiple of the group."""
+    """First element; a multiple of the group."""
     stop: int
     """Behind the last element; ``start`` where the rank owns nothing."""
     memory: Tensor | None
     """The state itself; None where the rank owns nothing."""
+
+
+class OwnedRows(NamedTuple):
+    """The rows that a rank owns of one tensor of the model's state."""
+
+    name: str
+    """Name in the state dict of the model that is not cut."""
+    shape: torch.Size
+    """Of the whole tensor."""
+    first: int
+    """First row."""
+    memory: Tensor
+    """The rows, perhaps none."""
 
 
 class PieceStates:

@@ -121,7 +121,7 @@ class ShardedOptimizer(ABC):
             piece = self._piece(name)
             start, stop = (0, 0) if piece is None else (piece.start, piece.stop)
             memory = None if piece is None else self._states.read(name, label)
-            yield OwnedState(name, label, kind, start, stop, memory)
+            yield OwnedState(name, label, self.params[name].shape, kind, start, stop, memory)
 
     def weights_loaded(self) -> None:
         """Look at the weights again, which were loaded; every rank must call this.

@@ -9,7 +9,7 @@ losses, weights and states are those of a serial run bit for bit, as in stage 2 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -22,7 +22,7 @@ from megafp4.optim.adamw import AdamHyper
 from megafp4.optim.grid_step import GridStep, check_stored, takes_kernel
 from megafp4.optim.optimizer import grid_codec, grid_of, storage_bytes
 from megafp4.optim.quantizers import GROUP
-from megafp4.optim.shard_states import PieceStates, StateKind, whole_state
+from megafp4.optim.shard_states import OwnedRows, PieceStates, StateKind, whole_state
 from megafp4.optim.sharded import ShardedOptimizer
 from megafp4.optim.zero3_state import layout_of, saved_rows
 from megafp4.optim.zero_grids import grid_rows
@@ -262,6 +262,21 @@ class Zero3Optimizer(ShardedOptimizer):
         ]
         for tensor, rows in pairs:
             tensor.copy_(rows)
+        self.weights_loaded()
+
+    def owned_weights(self) -> Iterator[OwnedRows]:
+        """What :meth:`weights` gathers, with the memory of this rank's rows.
+
+        Whoever writes there calls :meth:`weights_loaded` afterwards.
+        """
+        for name in self.params:
+            share = self.sharded.shares[name]
+            for key, rows in self._kept(name).items():
+                shape = torch.Size((share.shape[0], *rows.shape[1:]))
+                yield OwnedRows(key, shape, share.first, rows)
+
+    def weights_loaded(self) -> None:
+        """Gather the weights anew when they are needed: those of this rank were loaded."""
         self.sharded.reshard()
 
     def _kept(self, name: str) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megafp4.checkpoint.boxes import Box, Parts, run_boxes
-from megafp4.optim.shard_states import OwnedState
+from megafp4.optim.shard_states import OwnedRows, OwnedState
 from megafp4.parallel.collectives import Group
 from megafp4.parallel.cut import Layout
 from megafp4.parallel.weights import layouts
@@ -36,6 +36,16 @@ def model_parts(
     return found
 
 
+def row_parts(owned: Iterable[OwnedRows]) -> dict[str, Parts]:
+    """What a rank holds of a model whose tensors are cut by rows, each on one rank."""
+    found = {}
+    for name, shape, first, memory in owned:
+        box = Box((first, *(0 for _ in shape[1:])), tuple(memory.shape))
+        held = ((box, memory),) if memory.numel() else ()
+        found[name] = Parts(tuple(shape), memory.dtype, held)
+    return found
+
+
 def optimizer_parts(
     owned: Iterator[OwnedState],
     model: nn.Module,
@@ -56,10 +66,9 @@ def optimizer_parts(
         writing: Leave out what another rank writes.
         skip: Parameters that another pipeline stage writes.
     """
-    cut, shapes = layouts(model), {n: p.shape for n, p in model.named_parameters()}
-    found = {}
+    cut, found = layouts(model), {}
     for each in owned:
-        layout, shape = cut.get(each.name), shapes[each.name]
+        layout, shape = cut.get(each.name), each.shape
         left_out = writing and (each.name in skip or (layout is None and tp.rank > 0))
         key = f"{each.label}.{each.name}"
         if each.kind.group == each.kind.width == 1:

@@ -32,12 +32,11 @@ from megafp4.errors import CheckpointError
 from megafp4.optim import Optimizer
 from megafp4.optim.deepspeed import DeepSpeedOptimizer
 from megafp4.optim.sharded import ShardedOptimizer
-from megafp4.optim.zero import ZeroOptimizer
 from megafp4.optim.zero3 import Zero3Optimizer
 from megafp4.parallel.mesh import MeshSizes
 from megafp4.parallel.shared_scale import SharedScaleReducer
 from megafp4.train.parallel import TIED, first_then_others, gather_objects
-from megafp4.train.parts import expected_names, model_parts, optimizer_parts
+from megafp4.train.parts import expected_names, model_parts, optimizer_parts, row_parts
 
 if TYPE_CHECKING:
     from megafp4.train.build import Run
@@ -73,7 +72,7 @@ def save(run: Run, progress: Progress) -> None:
     carried = _carried(run)
     rng = checkpoint.capture_rng(run.device)
     meta = _meta(run, progress)
-    if isinstance(run.optimizer, ZeroOptimizer):
+    if isinstance(run.optimizer, ShardedOptimizer):
         share = partial(gather_objects, run.mesh.world)
         groups = {
             **_parts(run, run.optimizer, writing=True),
@@ -86,8 +85,9 @@ def save(run: Run, progress: Progress) -> None:
         }
         checkpoint.save_sharded(folder, progress.done, groups, meta, run.mesh.rank, share, keep)
     else:
-        tensors = {"model": _weights(run), "optimizer": run.optimizer.state_dict(), "rng": rng}
-        tensors |= carried
+        engine = run.optimizer if isinstance(run.optimizer, DeepSpeedOptimizer) else None
+        model = run.model.state_dict() if engine is None else engine.weights()
+        tensors = {"model": model, "optimizer": run.optimizer.state_dict(), "rng": rng, **carried}
         write = partial(checkpoint.save, folder, progress.done, tensors, meta, keep)
         first_then_others(run.mesh, lambda: write() if run.writes else None)
     progress.saved = progress.done
@@ -133,23 +133,18 @@ def _scaling_reducer(run: Run) -> SharedScaleReducer | None:
     return reducer if isinstance(reducer, SharedScaleReducer) else None
 
 
-def _weights(run: Run) -> dict[str, Tensor]:
-    """The whole model's state dict."""
-    if isinstance(run.optimizer, Optimizer | ZeroOptimizer):
-        return run.model.state_dict()
-    return run.optimizer.weights()
-
-
-def _parts(run: Run, optimizer: ZeroOptimizer, *, writing: bool) -> dict[str, dict[str, Parts]]:
+def _parts(run: Run, optimizer: ShardedOptimizer, *, writing: bool) -> dict[str, dict[str, Parts]]:
     """What this rank holds, or, ``writing``, what it is to write, of model and optimizer."""
     mesh = run.mesh
     # The table that two stages hold is written by the first.
     skip = frozenset({TIED} if mesh.pp.rank > 0 else ())
+    if isinstance(optimizer, Zero3Optimizer):
+        model = row_parts(optimizer.owned_weights())
+    else:
+        model = model_parts(run.model, mesh.tp, mesh.replicas, writing=writing, skip=skip)
     owned = optimizer.owned_states()
-    return {
-        "model": model_parts(run.model, mesh.tp, mesh.replicas, writing=writing, skip=skip),
-        "optimizer": optimizer_parts(owned, run.model, mesh.tp, writing=writing, skip=skip),
-    }
+    states = optimizer_parts(owned, run.model, mesh.tp, writing=writing, skip=skip)
+    return {"model": model, "optimizer": states}
 
 
 def _first_rank(run: Run, tensor: Tensor) -> Parts:
@@ -169,7 +164,7 @@ def restore(run: Run) -> Progress:
         checkpoint.refuse_pickles(folder)
         return Progress()
     path = checkpoint.find(folder)
-    if isinstance(run.optimizer, ZeroOptimizer) and checkpoint.is_sharded(path):
+    if isinstance(run.optimizer, ShardedOptimizer) and checkpoint.is_sharded(path):
         step, meta = _restore_parts(run, run.optimizer, path)
     else:
         step, meta = _restore_whole(run, folder)
@@ -190,7 +185,7 @@ def restore(run: Run) -> Progress:
     return Progress(step, meta["train_loss"], meta["valid_loss"], saved=step)
 
 
-def _restore_parts(run: Run, optimizer: ZeroOptimizer, path: Path) -> tuple[int, dict[str, Any]]:
+def _restore_parts(run: Run, optimizer: ShardedOptimizer, path: Path) -> tuple[int, dict[str, Any]]:
     """Read what this rank holds of a checkpoint that several ranks saved."""
     reader = checkpoint.ShardedReader(path)
     reader.check(run.mesh.rank, partial(gather_objects, run.mesh.world))
@@ -215,10 +210,7 @@ def _restore_whole(run: Run, folder: Path) -> tuple[int, dict[str, Any]]:
     saved = checkpoint.load(folder)
     _check_data(run, saved.path, saved.meta)
     model, optimizer = saved.tensors["model"], saved.tensors["optimizer"]
-    if isinstance(run.optimizer, Zero3Optimizer):
-        run.optimizer.load_weights(model)
-        run.optimizer.load_state_dict(optimizer)
-    elif isinstance(run.optimizer, DeepSpeedOptimizer):
+    if isinstance(run.optimizer, DeepSpeedOptimizer):
         run.optimizer.load_weights(model)
         run.optimizer.load_state_dict(optimizer, saved.step)
     else:
@@ -230,7 +222,7 @@ def _restore_whole(run: Run, folder: Path) -> tuple[int, dict[str, Any]]:
 
 def _load_whole(
     run: Run,
-    optimizer: Optimizer | ZeroOptimizer,
+    optimizer: Optimizer | ShardedOptimizer,
     model: Mapping[str, Tensor],
     states: Mapping[str, Tensor],
 ) -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from megafp4 import checkpoint
+from megafp4.checkpoint import Box, ShardedReader
 from megafp4.config import ParallelConfig, RunConfig
 from megafp4.errors import CheckpointError, ConfigError, MegaFP4Error, UnsupportedError
-from megafp4.train import loop
+from megafp4.optim.zero3 import Zero3Optimizer
+from megafp4.train import loop, state
 from megafp4.train.build import Run, build, check, make_mesh
 from megafp4.train.loop import train
 from tests.parallel.pool import Ranks
@@ -181,6 +183,51 @@ def test_the_scales_of_fp8_lm_go_on(corpus: str, tmp_path: Path, two: Ranks) -> 
     assert all(0.5**0.5 < float(mu) < 1 for mu in saved.values())
     two.run(job, on_ranks(twice, wire="fp8-lm"))
     assert_equal(tmp_path / "twice", tmp_path / "once")
+
+
+def test_zero_3_goes_on_on_one_rank_and_under_zero_1(
+    corpus: str, serial: dict[str, Path], tmp_path: Path, two: Ranks
+) -> None:
+    config = small(corpus, tmp_path, "dqt8")
+    two.run(job, on_ranks(config, zero=3, wire="fp32"), 4)
+    job(config, 6)
+    two.run(job, on_ranks(config, zero=1, wire="fp32"), 8)
+    two.run(job, on_ranks(config, zero=3, wire="fp32"))
+    assert_equal(tmp_path, serial["dqt8"])
+
+
+def save_and_restore(config: RunConfig) -> tuple[int, float, int, int]:
+    """Bytes sent, bytes owned to bytes written, and elements read and owned."""
+    run = build(config, make_mesh(config), quiet=True)
+    progress = state.Progress(done=1)
+    before = run.mesh.ledger.copy()
+    state.save(run, progress)
+    own = run.folder.glob(f"checkpoints/*/rank_0000{run.mesh.rank}_*")
+    written = sum(path.stat().st_size for path in own)
+    assert isinstance(run.optimizer, Zero3Optimizer)
+    kept = [one.memory.numel() for one in run.optimizer.owned_weights()]
+    kept += [one.memory.numel() for one in run.optimizer.owned_states() if one.memory is not None]
+    share = (run.optimizer.weight_bytes() + run.optimizer.state_bytes()) / written
+    read, real = [0], ShardedReader._read
+
+    def counting(reader: ShardedReader, file: str, key: str, box: Box) -> Tensor:
+        read[0] += box.numel
+        return real(reader, file, key, box)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardedReader, "_read", counting)
+        assert state.restore(run).done == 1
+    return run.mesh.ledger.since(before).total(), share, read[0], sum(kept)
+
+
+def test_under_zero_3_a_rank_saves_and_reads_what_it_owns(
+    corpus: str, tmp_path: Path, two: Ranks
+) -> None:
+    config = small(corpus, tmp_path, "dqt8")
+    for sent, share, read, owned in two.run(save_and_restore, on_ranks(config, zero=3)):
+        assert sent == 0
+        assert share == pytest.approx(1, abs=0.05)
+        assert read == owned > 0
 
 
 def test_a_run_goes_on_with_another_tp(

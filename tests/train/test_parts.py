@@ -81,7 +81,8 @@ def owned(model: Cuts, rank: int, ranks: int) -> Iterator[OwnedState]:
         count = parameter.numel()
         start, stop = count * rank // ranks, count * (rank + 1) // ranks
         state = parameter.detach().reshape(-1)[start:stop]
-        yield OwnedState(name, "exp_avg", StateKind(torch.float32), start, stop, state)
+        kind = StateKind(torch.float32)
+        yield OwnedState(name, "exp_avg", parameter.shape, kind, start, stop, state)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -103,8 +104,10 @@ def test_rows_for_groups_keep_to_their_tp_where_the_parameter_is_cut() -> None:
         group = Group("tp", t, 2)
         model = Cuts(group)
         states = (
-            OwnedState(name, "scale", StateKind(torch.float32, 4, 2), 4, 10, torch.ones(2, 2))
-            for name in ("qkv", "norm")
+            OwnedState(
+                name, "scale", shape, StateKind(torch.float32, 4, 2), 4, 10, torch.ones(2, 2)
+            )
+            for name, shape in (("qkv", model.qkv.shape), ("norm", model.norm.shape))
         )
         found = optimizer_parts(states, model, group, writing=True, skip=frozenset())
         names |= found.keys()
