@@ -58,9 +58,17 @@ class Ledger:
         """All GEMMs."""
         return self._counts.total()
 
-    def merge(self, other: Ledger) -> None:
-        """Add the counts of another ledger (a resumed run's earlier part, another rank's)."""
-        self._counts.update(other._counts)
+    def merge(self, other: Ledger, *, slices: bool = False) -> None:
+        """Add the counts of another ledger (a resumed run's earlier part, another rank's).
+
+        Args:
+            other: The other ledger.
+            slices: Both count slices of the same GEMMs: keep the larger count of each entry.
+        """
+        if slices:
+            self._counts |= other._counts
+        else:
+            self._counts.update(other._counts)
 
     def to_json(self) -> str:
         """Serialize."""

@@ -16,7 +16,7 @@ to a tp rank's part stay that rank's: such a run keeps its tp.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from megafp4.optim.sharded import ShardedOptimizer
 from megafp4.optim.zero3 import Zero3Optimizer
 from megafp4.parallel.mesh import MeshSizes
 from megafp4.parallel.shared_scale import SharedScaleReducer
+from megafp4.train.ledger import run_ledger
 from megafp4.train.parallel import TIED, first_then_others, gather_objects
 from megafp4.train.parts import expected_names, model_parts, optimizer_parts, row_parts
 
@@ -59,6 +60,8 @@ class Progress:
     """Step of the newest checkpoint; 0 if there is none."""
     stopped_by: int | None = None
     """Number of the signal that ended this process early."""
+    earlier: Ledger = field(default_factory=Ledger)
+    """GEMMs of all ranks up to the checkpoint that this process began from."""
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -98,7 +101,7 @@ def _meta(run: Run, progress: Progress) -> dict[str, Any]:
         "train_loss": progress.train_loss,
         "valid_loss": progress.valid_loss,
         "guard": run.guard.state_dict(),
-        "ledger": run.precision.ledger.to_json(),
+        "ledger": run_ledger(run, progress.earlier).to_json(),
         "clock": run.clock.state_dict(),
         "threads": torch.get_num_threads(),
         "data": run.data.fingerprint(),
@@ -170,7 +173,6 @@ def restore(run: Run) -> Progress:
         step, meta = _restore_whole(run, folder)
     run.guard.load_state_dict(meta["guard"])
     run.clock.load_state_dict(meta["clock"])
-    run.precision.ledger = Ledger.from_json(meta["ledger"])
     mesh = meta.get("mesh", str(MeshSizes()))
     if mesh != str(run.mesh.sizes):
         run.metrics.screen.say(
@@ -182,7 +184,8 @@ def restore(run: Run) -> Progress:
             f"{torch.get_num_threads()}: sums run in another order, so set OMP_NUM_THREADS="
             f"{meta['threads']} if the result must be the same bit for bit"
         )
-    return Progress(step, meta["train_loss"], meta["valid_loss"], saved=step)
+    earlier = Ledger.from_json(meta["ledger"])
+    return Progress(step, meta["train_loss"], meta["valid_loss"], saved=step, earlier=earlier)
 
 
 def _restore_parts(run: Run, optimizer: ShardedOptimizer, path: Path) -> tuple[int, dict[str, Any]]:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from megafp4 import __version__
-from megafp4.backends.ledger import Ledger
 from megafp4.optim import Optimizer, memory_report
 from megafp4.optim.zero3 import Zero3Optimizer
-from megafp4.train.parallel import gather_objects
+from megafp4.train.ledger import run_ledger
 
 if TYPE_CHECKING:
     from megafp4.train.build import Run
@@ -25,14 +24,11 @@ SUMMARY = "summary.json"
 def write_summary(run: Run, progress: Progress) -> None:
     """Write the precision ledger and the summary of a run that took its last step.
 
-    All ranks call it and the first one writes: its pipeline's ledger, its memory, and what all have
-    counted.
+    All ranks call it and the first one writes: its memory, and what all have counted.
     """
     counted = torch.tensor([sum(run.backend.raised_blocks().values())])
     raised = int(run.mesh.world.all_reduce(counted, "raised blocks"))
-    ledger = Ledger()
-    for stage in gather_objects(run.mesh.pp, run.precision.ledger.to_json()):
-        ledger.merge(Ledger.from_json(stage))
+    ledger = run_ledger(run, progress.earlier)
     if not run.writes:
         return
     _write(run.folder / "ledger.json", ledger.to_json())
