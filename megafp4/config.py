@@ -266,6 +266,8 @@ class ParallelConfig:
     """ZeRO stage: what is cut over dp x cp: optimizer state, also gradients, also weights."""
     wire: Literal["fp8", "fp8-peers", "bf16", "fp32", "fp8-lm"] = "fp8"
     """What gradients travel as; ``fp8-peers``: without NCCL, ``fp8-lm``: one scale, FP8 sums."""
+    nodes: int = 1
+    """Nodes that dp x cp spans: gradients are summed within each before between them."""
     engine: Literal["megafp4", "deepspeed"] = "megafp4"
     """Who runs ZeRO."""
 
@@ -280,7 +282,8 @@ class ParallelConfig:
                 "parallel.schedule interleaved needs parallel.chunks of at least 2: raise chunks, "
                 "or choose 1f1b"
             )
-        _require("parallel", self, "a positive integer", _is_positive, "tp", "pp", "chunks", "cp")
+        positive = ("tp", "pp", "chunks", "cp", "nodes")
+        _require("parallel", self, "a positive integer", _is_positive, *positive)
         if any(count < 1 for count in self.layers):
             raise ConfigError(
                 f"parallel.layers is {list(self.layers)}: give each stage a positive number of "

@@ -43,6 +43,9 @@ STEP_TIMEOUT = timedelta(seconds=45)
 _UNIONS = {"replicas": ("dp", "cp"), "model": ("pp", "tp"), "world": AXES}
 
 
+_NODE_GROUPS = ("within_node", "between_nodes")
+
+
 class Coordinate(NamedTuple):
     """Place of a rank in the mesh."""
 
@@ -70,6 +73,8 @@ class MeshSizes:
     """Ranks that share each layer."""
     sequence: bool = False
     """Cut norms and residuals over the tp ranks as well (sequence parallelism)."""
+    nodes: int = 1
+    """Runs of dp x cp ranks, of equal length, that lie on a node each."""
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -126,6 +131,27 @@ class MeshSizes:
             number = number * size + index
         return number
 
+    def node_groups(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Ranks of every group of replicas within a node, and of every one between nodes.
+
+        Raises:
+            ConfigError: The nodes do not part the replicas into equal groups of two or more.
+        """
+        replicas = self.dp * self.cp
+        each = replicas // self.nodes
+        if replicas % self.nodes or each < 2:
+            raise ConfigError(
+                f"parallel.nodes {self.nodes} does not part the {replicas} ranks of dp {self.dp} x "
+                f"cp {self.cp} into equal groups of two or more: give the nodes that dp x cp "
+                "spans, or 1"
+            )
+        within, between = [], []
+        for ranks in self.groups(("dp", "cp")):
+            rows = [ranks[first : first + each] for first in range(0, replicas, each)]
+            within += rows
+            between += [list(place) for place in zip(*rows, strict=True)]
+        return within, between
+
     def groups(self, axes: Sequence[str]) -> Iterator[list[int]]:
         """Yield the ranks of every group that differs along ``axes`` alone, in rank order."""
         spans = [range(1) if axis in axes else range(getattr(self, axis)) for axis in AXES]
@@ -164,12 +190,16 @@ class Mesh:
         self.ledger = CommunicationLedger()
         """Traffic of all groups."""
         self._groups = {
-            name: self._group(name, axes, timeout) if connected else Group(name, ledger=self.ledger)
+            name: self._group(name, list(sizes.groups(axes)), timeout)
+            if connected
+            else Group(name, ledger=self.ledger)
             for name, axes in ({axis: (axis,) for axis in AXES} | _UNIONS).items()
         }
+        if sizes.nodes > 1:
+            for name, lists in zip(_NODE_GROUPS, sizes.node_groups(), strict=True):
+                self._groups[name] = self._group(name, lists, timeout)
 
-    def _group(self, name: str, axes: Sequence[str], timeout: timedelta) -> Group:
-        lists = list(self.sizes.groups(axes))
+    def _group(self, name: str, lists: list[list[int]], timeout: timedelta) -> Group:
         # Not DeviceMesh's own groups: those wait for as long as their backend's default is.
         handle, _ = dist.new_subgroups_by_enumeration(lists, timeout=timeout)
         own = next(ranks for ranks in lists if self.rank in ranks)
@@ -199,6 +229,14 @@ class Mesh:
     def replicas(self) -> Group:
         """Ranks with the same weights, dp x cp: gradients are summed over them."""
         return self._groups["replicas"]
+
+    @property
+    def nodes(self) -> tuple[Group, Group] | None:
+        """Replicas on this rank's node, and those with its place on all nodes; None on one node."""
+        if self.sizes.nodes == 1:
+            return None
+        within, between = (self._groups[name] for name in _NODE_GROUPS)
+        return within, between
 
     @property
     def model(self) -> Group:

@@ -24,7 +24,7 @@ from megafp4.parallel.collectives import Group
 from megafp4.parallel.factory import ParallelFactory
 from megafp4.parallel.mesh import Mesh, MeshSizes, check_model
 from megafp4.parallel.pipeline import Pipeline, check_schedule
-from megafp4.parallel.reduce import FlatReducer, Reducer
+from megafp4.parallel.reduce import FlatReducer, NodeReducer, Reducer
 from megafp4.parallel.sequence import partial_parameters
 from megafp4.parallel.shared_scale import SharedScaleReducer
 from megafp4.parallel.stages import Stages, plan_stages
@@ -46,9 +46,9 @@ def mesh_sizes(config: ParallelConfig, world_size: int) -> MeshSizes:
     Raises:
         ConfigError: The sizes do not divide the number of ranks.
     """
-    return MeshSizes(pp=config.pp, cp=config.cp, tp=config.tp, sequence=config.sequence).fill(
-        world_size
-    )
+    axes = {"pp": config.pp, "cp": config.cp, "tp": config.tp}
+    sizes = MeshSizes(**axes, sequence=config.sequence, nodes=config.nodes)
+    return sizes.fill(world_size)
 
 
 def check_mesh(config: RunConfig, schedule: PrecisionSchedule, world_size: int) -> None:
@@ -62,6 +62,8 @@ def check_mesh(config: RunConfig, schedule: PrecisionSchedule, world_size: int) 
     for _, recipe in schedule.stages:
         check_model(sizes, config.model, recipe, config.exempt)
     _check_engine(config.parallel, world_size)
+    if sizes.nodes > 1:
+        _check_nodes(config.parallel, sizes)
     train = config.train
     if config.optim.grad_dtype == "bfloat16" and train.micro_batches * world_size > 1:
         raise UnsupportedError(
@@ -114,6 +116,16 @@ def _check_engine(parallel: ParallelConfig, world_size: int) -> None:
         raise ConfigError(
             f"parallel.zero {parallel.zero} with parallel.engine {parallel.engine} is for several "
             "ranks and the job has one: start it with torchrun or srun, or leave them out"
+        )
+
+
+def _check_nodes(parallel: ParallelConfig, sizes: MeshSizes) -> None:
+    sizes.node_groups()
+    if parallel.engine != "megafp4" or parallel.wire not in ("fp8", "bf16", "fp32"):
+        raise UnsupportedError(
+            f"parallel.nodes {sizes.nodes} sums in two stages, which wire {parallel.wire} of "
+            f"engine {parallel.engine} does not: choose engine megafp4 and wire fp8, bf16 or "
+            "fp32, or one node"
         )
 
 
@@ -218,7 +230,7 @@ def make_optimizer(
     if tied is not None:
         partial[TIED] = tied
         elsewhere |= {TIED} if tied.rank else set()
-    reducer = _reducer(parallel, mesh.replicas)
+    reducer = _reducer(parallel, mesh)
     if parallel.zero == 3:
         units = list(model.blocks)
         return Zero3Optimizer(
@@ -260,13 +272,16 @@ def _parameter_names(config: ModelConfig) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def _reducer(parallel: ParallelConfig, group: Group) -> Reducer:
+def _reducer(parallel: ParallelConfig, mesh: Mesh) -> Reducer:
+    group = mesh.replicas
     if parallel.wire == "fp8-lm":
         return SharedScaleReducer(group)
     if parallel.wire == "fp8-peers":
         from megafp4.parallel.peers import PeerReducer  # symmetric memory takes time to import
 
         return PeerReducer(group)
+    if mesh.nodes is not None:
+        return NodeReducer(*mesh.nodes, parallel.wire)
     return FlatReducer(group, parallel.wire)
 
 

@@ -149,6 +149,23 @@ def test_a_cp_rank_may_hold_no_target(corpus: str, tmp_path: Path, two: Ranks) -
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_gradients_are_summed_within_nodes_first(
+    corpus: str, serial: dict[str, Path], tmp_path: Path, four: Ranks
+) -> None:
+    sent = {}
+    for nodes in (1, 2):
+        folder = tmp_path / str(nodes)
+        four.run(job, on_ranks(llama(corpus, folder, "mxfp4"), nodes=nodes), 8)
+        # FP8 rounds the gradients on their way.
+        assert curve(folder) == pytest.approx(curve(serial["mxfp4"])[:8], rel=0.01)
+        sent[nodes] = {n: b for n, b in rows(folder, "train")[-1].items() if "sent_bytes" in n}
+    within, between = (sent[2][f"sent_bytes_{name}"] for name in ("within_node", "between_nodes"))
+    # Of four shards a rank sends one to its neighbour for each node, and one to the other node.
+    assert within == pytest.approx(2 * between)
+    others = sent[2]["sent_bytes_replicas"]
+    assert sent[1]["sent_bytes_replicas"] - others == pytest.approx(3 * between)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_zero_3_gives_the_serial_bits(
     recipe: str, corpus: str, serial: dict[str, Path], tmp_path: Path, two: Ranks
@@ -188,6 +205,8 @@ def test_deepspeed_follows_the_serial_run(
         ({"engine": "deepspeed"}, {}, "parallel.wire fp8 is not DeepSpeed's"),
         ({"engine": "deepspeed", "wire": "fp32"}, {}, "train.spike_factor 3.0 skips updates"),
         ({"engine": "deepspeed", "tp": 2}, {}, "shares a model by dp alone"),
+        ({"nodes": 2}, {}, "parallel.nodes 2 does not part the 2 ranks of dp 2 x cp 1"),
+        ({"nodes": 2, "tp": 2}, {}, "does not part the 1 ranks"),
     ],
 )
 def test_what_a_mesh_cannot_do_is_refused(

@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 _AXIS = re.compile(r"(pp|dp|cp|tp)([1-9][0-9]*)")
-_NUMBERED = re.compile(r"(zero|chunks)([1-9][0-9]*)")
+_NUMBERED = re.compile(r"(zero|chunks|nodes)([1-9][0-9]*)")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "sequence": {"sequence": True},
     "gpipe": {"schedule": "gpipe"},
@@ -46,8 +46,8 @@ def parse(text: str) -> Layout:
     Axes (pp, dp, cp, tp) with their sizes are joined by ``x``; ``1`` is one GPU. Behind a colon
     stand options joined by ``+``: ``sequence``, ``zero1`` to ``zero3``, a schedule (``interleaved``
     has two chunks, or as many as ``chunksN`` says), ``ring``, a wire (``fp8``, ``fp8-peers``,
-    ``bf16``, ``fp32``, ``fp8-lm``), ``deepspeed``; ``graph`` replays CUDA graphs, ``offload`` keeps
-    optimizer state in host memory.
+    ``bf16``, ``fp32``, ``fp8-lm``), ``nodesN``, ``deepspeed``; ``graph`` replays CUDA graphs,
+    ``offload`` keeps optimizer state in host memory.
 
     Raises:
         ValueError: It is not written like that.
@@ -69,7 +69,7 @@ def parse(text: str) -> Layout:
             continue
         numbered = _NUMBERED.fullmatch(option)
         if numbered is None and option not in _OPTIONS:
-            known = ", ".join((*_OPTIONS, "zero1 to zero3", "chunksN", _GRAPH, _OFFLOAD))
+            known = ", ".join((*_OPTIONS, "zero1 to zero3", "chunksN", "nodesN", _GRAPH, _OFFLOAD))
             raise ValueError(f"mesh {text!r} has the unknown option {option!r}: choose of {known}")
         parallel |= _OPTIONS[option] if numbered is None else {numbered[1]: int(numbered[2])}
     ranks = 1
