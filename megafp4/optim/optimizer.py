@@ -211,7 +211,8 @@ class Optimizer:
             CheckpointError: The state is of another codec, or the names, shapes or dtypes are not
                 exactly this optimizer's; nothing has been copied then.
         """
-        self._check_codec(state)
+        dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        check_kept_as(self.params, self.config, dtypes)
         mine = self.state_dict()
         strange = sorted(mine.keys() ^ state.keys())
         if strange:
@@ -232,18 +233,6 @@ class Optimizer:
             tensor.copy_(state[name])
         for name, amax in self.weight_amax.items():
             amax.copy_(_amax(self._dense[name].param))
-
-    def _check_codec(self, state: Mapping[str, Tensor]) -> None:
-        for name, dense in self._dense.items():
-            found = {kind: state[key] for kind in _KINDS if (key := f"{kind}.{name}") in state}
-            dtypes = {kind: tensor.dtype for kind, tensor in found.items()}
-            others = [repr(codec.name) for codec in CODECS.values() if codec.dtypes == dtypes]
-            if dtypes != dense.codec.dtypes and others:
-                raise CheckpointError(
-                    f"the saved optimizer keeps {name!r} as optim.states "
-                    f"{' or '.join(others)} does and this one as {dense.codec.name!r}: set "
-                    "optim.states to what the run began with, or start anew from its weights"
-                )
 
     def state_bytes(self) -> int:
         """Bytes of what the codecs keep, measured on storages; weights are not in it."""
@@ -314,6 +303,39 @@ def codec_of(param: Tensor, config: OptimConfig) -> StateCodec:
 def grid_codec(config: OptimConfig) -> GridCodec:
     """How the moments of weights on a grid are kept."""
     return GRID_CODECS.get(config.states, _FP32)
+
+
+def check_kept_as(
+    params: Mapping[str, Tensor], config: OptimConfig, saved: Mapping[str, torch.dtype]
+) -> None:
+    """Refuse state that was kept in another form than parameters are to be kept in.
+
+    Args:
+        params: Parameters by name.
+        config: How their state is to be kept.
+        saved: Type of each saved tensor, by ``<kind>.<parameter>``.
+
+    Raises:
+        CheckpointError: Another codec kept it.
+    """
+    # Dense parameters first: if optim.states has changed, they say so.
+    for name, param in sorted(params.items(), key=lambda item: grid_of(item[1]) is not None):
+        codec = codec_of(param, config)
+        found = {kind: saved[key] for kind in _KINDS if (key := f"{kind}.{name}") in saved}
+        others = [repr(codec.name) for codec in CODECS.values() if codec.dtypes == found]
+        if found == codec.dtypes or not others:
+            continue
+        if grid_of(param) is not None and found == _FP32.dtypes:
+            raise CheckpointError(
+                f"the saved optimizer keeps FP32 moments of {name!r}, a weight on a grid, as "
+                f"megafp4 first did under optim.states {config.states!r}, where it now keeps 8 "
+                "bits: finish the run with the version that began it, or start another run"
+            )
+        raise CheckpointError(
+            f"the saved optimizer keeps {name!r} as optim.states {' or '.join(others)} does and "
+            f"this one as {codec.name!r}: set optim.states to what the run began with, or start "
+            "anew from its weights"
+        )
 
 
 def grid_of(param: Tensor) -> GridWeight | None:

@@ -139,20 +139,19 @@ class PieceStates:
         self._dense[piece.name] = Dense(piece.name, own, codec, state, key, index, piece.start)
 
     def check_rows(self, bucket: Bucket) -> None:
-        """Refuse rows of grid weights, of any rank, whose moments would share a scale.
+        """Refuse rows, of any rank, whose state would share a scale with another rank's.
 
         Raises:
             ConfigError: Some begin within a group of 128 elements.
         """
-        if not grid_codec(self._config).group_dtypes:
-            return
         for piece in bucket.pieces:
-            if piece.start % GROUP:
-                rows, width = self._params[piece.name].shape
+            grouped = any(kind.group > 1 for kind in self.layout(piece.name).values())
+            if grouped and piece.start % GROUP:
                 raise ConfigError(
-                    f"optim.states {self._config.states} keeps moments in groups of {GROUP} and "
-                    f"{bucket.ranks} ranks cut {piece.name!r} [{rows}, {width}] within one: choose "
-                    f"a width that is a multiple of {GROUP}, or optim.states fp32"
+                    f"optim.states {self._config.states} keeps state in groups of {GROUP} elements "
+                    f"and {bucket.ranks} ranks cut {piece.name!r} "
+                    f"{list(self._params[piece.name].shape)} within one: choose a width that is a "
+                    f"multiple of {GROUP}, another number of ranks, or optim.states fp32"
                 )
 
     def adopt_grid(self, piece: Piece) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megafp4.config import OptimConfig
 from megafp4.errors import CheckpointError, ConfigError, DivergenceError
 from megafp4.optim.adamw import AdamHyper
-from megafp4.optim.optimizer import storage_bytes
+from megafp4.optim.optimizer import check_kept_as, storage_bytes
 from megafp4.optim.shard_states import OwnedState, PieceStates, StateKind, rows_of, whole_state
 from megafp4.parallel.bucket import Bucket, Piece
 from megafp4.parallel.collectives import Group
@@ -136,6 +136,8 @@ class ShardedOptimizer(ABC):
         return storage_bytes(self._states.tensors())
 
     def _check_saved(self, state: Mapping[str, Tensor]) -> None:
+        dtypes = {key: tensor.dtype for key, tensor in state.items()}
+        check_kept_as(self.params, self.config, dtypes)
         expected = {f"{label}.{name}": (name, kind) for label, name, kind in self._kinds()}
         strange = sorted(expected.keys() ^ state.keys())
         if strange:

@@ -73,8 +73,9 @@ class ZeroOptimizer(ShardedOptimizer):
             of them: random bits are then those of a rank that holds all.
 
     Raises:
-        ConfigError: A dense parameter is not FP32, or sizes do not fit.
-        UnsupportedError: The codec cannot keep pieces of parameters.
+        ConfigError: A dense parameter is not FP32, sizes do not fit, or ranks would cut a group of
+            elements that share a scale.
+        UnsupportedError: State is to lie in host memory, and there is not enough of it.
     """
 
     def __init__(

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from megafp4.config import OptimConfig
-from megafp4.errors import ConfigError, UnsupportedError
+from megafp4.errors import ConfigError
 from megafp4.numerics.grid import GridWeight, StoreStatistics
 from megafp4.optim.adamw import AdamHyper
 from megafp4.optim.grid_step import GridStep, check_stored, takes_kernel
 from megafp4.optim.optimizer import grid_codec, grid_of, storage_bytes
-from megafp4.optim.quantizers import GROUP
 from megafp4.optim.shard_states import OwnedRows, PieceStates, StateKind, whole_state
 from megafp4.optim.sharded import ShardedOptimizer
 from megafp4.optim.zero3_state import layout_of, saved_rows
@@ -54,8 +53,9 @@ class Zero3Optimizer(ShardedOptimizer):
             have the same place in ``group``: those of norms under sequence parallelism.
 
     Raises:
-        ConfigError: A dense parameter is not FP32, or sizes do not fit.
-        UnsupportedError: The codec cannot keep the rows that a rank gets.
+        ConfigError: A dense parameter is not FP32, sizes do not fit, or ranks would cut a group of
+            elements that share a scale.
+        UnsupportedError: State is to lie in host memory, and there is not enough of it.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Zero3Optimizer(ShardedOptimizer):
         _check_types(whole)
         self._states = PieceStates(whole, config, seed, fused)
         self._layouts = {name: layout_of(name, p.shape, group.size) for name, p in whole.items()}
-        for name in whole:
-            self._check_groups(name, whole[name])
+        for layout in self._layouts.values():
+            self._states.check_rows(layout)
         dtypes = {n: self._states.weight_dtype(n) for n, p in whole.items() if grid_of(p) is None}
         self.sharded = self._shard(model, units, whole, reducer, dtypes, operands)
         self._owned: dict[str, Piece] = {}
@@ -123,15 +123,6 @@ class Zero3Optimizer(ShardedOptimizer):
                 share = share_of(param.shape, self.group.rank, self.group.size)
                 grids[name] = grid_rows(grid, share.first, share.stop)
         return shard_model(model, units, self.group, reducer, dtypes, grids, operands=operands)
-
-    def _check_groups(self, name: str, param: nn.Parameter) -> None:
-        grouped = any(kind.group > 1 for kind in self._states.layout(name).values())
-        if grouped and self._layouts[name].shard % GROUP:
-            raise UnsupportedError(
-                f"optim.states {self.config.states!r} scales groups of {GROUP} "
-                f"elements, and {self.group.size} ranks would cut {name!r} of {list(param.shape)} "
-                "within one: choose fp32 states or another number of ranks"
-            )
 
     @property
     def can_run_ahead(self) -> bool:

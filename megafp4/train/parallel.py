@@ -216,7 +216,7 @@ def make_optimizer(
 
     Raises:
         ConfigError: A dense parameter is not FP32, or sizes do not fit.
-        UnsupportedError: The codec cannot keep pieces of parameters, or a package is missing.
+        UnsupportedError: A package is missing, or host memory for the states.
     """
     parallel, optim, seed = config.parallel, config.optim, config.train.seed
     if parallel.engine == "deepspeed":

@@ -15,7 +15,7 @@ to a tp rank's part stay that rank's: such a run keeps its tp.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from torch import Tensor
 
 from megafp4 import checkpoint
 from megafp4.backends.ledger import Ledger
-from megafp4.checkpoint import Parts
+from megafp4.checkpoint import Parts, Signature
 from megafp4.checkpoint.layout import complete_steps
 from megafp4.errors import CheckpointError
 from megafp4.optim import Optimizer
 from megafp4.optim.deepspeed import DeepSpeedOptimizer
+from megafp4.optim.optimizer import check_kept_as
 from megafp4.optim.sharded import ShardedOptimizer
 from megafp4.optim.zero3 import Zero3Optimizer
 from megafp4.parallel.mesh import MeshSizes
@@ -198,7 +199,7 @@ def _restore_parts(run: Run, optimizer: ShardedOptimizer, path: Path) -> tuple[i
     if run.mesh.pp.size > 1:  # it holds other stages' tensors as well
         model = {name: entry for name, entry in model.items() if name in parts["model"]}
     checkpoint.check_compatible(expected_names(parts["model"]), model)
-    _check_states(run, parts["optimizer"], reader.shapes("optimizer"))
+    _check_states(run, expected_names(parts["optimizer"]), reader.shapes("optimizer"))
     for name, part in parts["model"].items():
         reader.fill("model", name, part)
     for name, part in parts["optimizer"].items():
@@ -232,13 +233,14 @@ def _load_whole(
     found = checkpoint.signature(model)
     if isinstance(optimizer, Optimizer):
         if any("@tp" in name for name in states):
-            _check_states(run, optimizer.state_dict(), states)
+            mine = checkpoint.signature(optimizer.state_dict())
+            _check_states(run, mine, checkpoint.signature(states))
         checkpoint.check_compatible(checkpoint.signature(run.model.state_dict()), found)
         run.model.load_state_dict(model)
         optimizer.load_state_dict(states)
         return
     parts = _parts(run, optimizer, writing=False)
-    _check_states(run, parts["optimizer"], states)
+    _check_states(run, expected_names(parts["optimizer"]), checkpoint.signature(states))
     if run.mesh.pp.size > 1:
         found = {name: entry for name, entry in found.items() if name in parts["model"]}
     checkpoint.check_compatible(expected_names(parts["model"]), found)
@@ -251,14 +253,18 @@ def _load_whole(
     optimizer.weights_loaded()
 
 
-def _check_states(run: Run, wanted: Iterable[str], saved: Iterable[str]) -> None:
+def _check_states(run: Run, wanted: Signature, saved: Signature) -> None:
     """Refuse optimizer state that this run cannot find its own in."""
-    names = set(saved)
-    missing = sorted(name for name in wanted if name not in names)
+    dtypes = {name: dtype for name, (_, dtype) in saved.items()}
+    check_kept_as(run.optimizer.params, run.optim, dtypes)
+    missing = sorted(name for name in wanted if name not in saved)
     if not missing:
+        # A pipeline's rank finds other stages' state as well.
+        found = {name: saved[name] for name in wanted}
+        checkpoint.check_compatible(wanted, found, "optimizer")
         return
     base = missing[0].partition("@tp")[0]
-    marked = [name for name in names if name.startswith(f"{base}@tp")]
+    marked = [name for name in saved if name.startswith(f"{base}@tp")]
     if marked:
         raise CheckpointError(
             f"{base!r} of the saved optimizer has scales of tp {marked[0].rpartition('of')[2]} and "

@@ -7,9 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megafp4.config import OptimConfig
+from megafp4.errors import CheckpointError
 from megafp4.numerics import Key
 from megafp4.numerics.grid import GridWeight
-from megafp4.optim import AdamHyper, StepNumbers, adamw_update, dqt_step
+from megafp4.optim import (
+    AdamHyper,
+    Optimizer,
+    StepNumbers,
+    adamw_update,
+    build_optimizer,
+    dqt_step,
+)
 from megafp4.optim.dqt import grid_step
 from megafp4.optim.states import CoatStates, GridCodec
 
@@ -150,6 +159,26 @@ def test_8_bit_moments_train_as_fp32_ones_do() -> None:
     _, short = student_loss(8, "stochastic", codec=CoatStates())
     assert exact < 0.01 * start
     assert short == pytest.approx(exact, rel=0.1)
+
+
+def test_fp32_moments_of_grid_weights_are_told_apart() -> None:
+    """As versions kept them that had 8 bits for dense weights only."""
+    grid = nn.Parameter(torch.empty(()).expand(4, 32))
+    grid.grid = GridWeight.from_dense(torch.ones(4, 32), 8)  # type: ignore[attr-defined]
+
+    def optimizer(states: str) -> Optimizer:
+        params = [("w", grid), ("z", nn.Parameter(torch.ones(4, 32)))]
+        return build_optimizer(params, OptimConfig(states=states), 0)
+
+    old, now = optimizer("fp32").state_dict(), optimizer("coat")
+    with pytest.raises(CheckpointError, match=r"set optim\.states to what the run began with"):
+        now.load_state_dict(old)
+    old = {name: t for name, t in old.items() if name.endswith(".w")} | {
+        name: t for name, t in now.state_dict().items() if name.endswith(".z")
+    }
+    message = "FP32 moments of 'w', a weight on a grid, .*: finish the run with the version"
+    with pytest.raises(CheckpointError, match=message):
+        now.load_state_dict(old)
 
 
 def test_more_bits_train_better() -> None:

@@ -192,7 +192,7 @@ def test_ranks_do_not_share_a_group_of_8_bit_moments() -> None:
     """Every rank says so, also one whose own rows begin at a group."""
     for (said,) in reduce_ranks.run_well(_cut_within_a_group, 2):
         assert "optim.states coat-sr" in said
-        assert "2 ranks cut 'w' [6, 65] within one" in said
+        assert "2 ranks cut 'w' [6, 65] within one: choose a width" in said
 
 
 def _not_finite(rank: int, size: int, wire: str) -> dict[str, Any]:
