@@ -84,7 +84,7 @@ class ParallelFactory(QuantizedFactory):
     ) -> nn.Module:
         """Make this rank's rows of the token table; positions are everybody's."""
         if role == "tokens":
-            return VocabParallelEmbedding(rows, width, self.group)
+            return VocabParallelEmbedding(rows, width, self.group, sequence=self.sequence)
         return super().embedding(rows, width, role=role)
 
     def norm(self, kind: str, width: int, eps: float) -> nn.Module:

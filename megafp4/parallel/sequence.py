@@ -48,12 +48,17 @@ class _Leave(torch.autograd.Function):
     """g: sum what ranks with some of the features computed, for all tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return group.all_reduce(x.clone(), "activations")
+    def forward(ctx: Any, x: Tensor, group: Group, own_tokens: bool) -> Tensor:
+        out = x.clone()
+        if not own_tokens:
+            return group.all_reduce(out, "activations")
+        rows = out.view(-1, out.shape[-1])
+        group.own(rows).copy_(group.reduce_scatter(rows, "activations"))
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, None
+        return dy, None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -101,9 +106,21 @@ def enter(
     return out
 
 
-def leave(x: Tensor, group: Group) -> Tensor:
-    """Sum partial results [...] over the ranks; the gradient is everybody's."""
-    out: Tensor = _Leave.apply(x, group)
+def leave(x: Tensor, group: Group, *, own_tokens: bool = False) -> Tensor:
+    """Sum partial results over the ranks; the gradient is everybody's.
+
+    Args:
+        x: [...], or [..., S, H] with ``own_tokens``.
+        group: The tensor-parallel ranks.
+        own_tokens: Sum this rank's run of the tokens only, which sends half as much; a
+            :class:`SequenceScatter` must follow, for the others' sums are not complete.
+
+    Raises:
+        ConfigError: With ``own_tokens``, the ranks do not divide S.
+    """
+    if own_tokens:
+        _check_tokens(x, group)
+    out: Tensor = _Leave.apply(x, group, own_tokens)
     return out
 
 
@@ -130,13 +147,17 @@ class SequenceScatter(nn.Module):
         Raises:
             ConfigError: S is not divisible.
         """
-        if x.shape[-2] % self.group.size:
-            raise ConfigError(
-                f"a sequence of {x.shape[-2]} tokens cannot be cut over tp {self.group.size}: "
-                "choose a sequence length that is a multiple, or no sequence parallelism"
-            )
+        _check_tokens(x, self.group)
         out: Tensor = _Scatter.apply(x, self.group)
         return out
+
+
+def _check_tokens(x: Tensor, group: Group) -> None:
+    if x.shape[-2] % group.size:
+        raise ConfigError(
+            f"a sequence of {x.shape[-2]} tokens cannot be cut over tp {group.size}: choose a "
+            "sequence length that is a multiple, or no sequence parallelism"
+        )
 
 
 class SplitRMSNorm(nn.Module):

@@ -28,14 +28,16 @@ class VocabParallelEmbedding(nn.Module):
         rows: Words of the whole table.
         width: Features.
         group: The tensor-parallel ranks.
+        sequence: Whether a :class:`~megafp4.parallel.sequence.SequenceScatter` follows, which keeps
+            this rank's tokens only.
 
     Raises:
         ConfigError: tp does not divide the words.
     """
 
-    def __init__(self, rows: int, width: int, group: Group) -> None:
+    def __init__(self, rows: int, width: int, group: Group, *, sequence: bool = False) -> None:
         super().__init__()
-        self.group, self.cut = group, Cut((rows,), group.size)
+        self.group, self.sequence, self.cut = group, sequence, Cut((rows,), group.size)
         self.weight = nn.Parameter(torch.empty(self.cut.length, width).normal_(std=0.02))
 
     @property
@@ -44,10 +46,16 @@ class VocabParallelEmbedding(nn.Module):
         return {"weight": Layout(self.cut, 0, self.group.rank)}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look tokens [..., S] up, FP32 [..., S, width] on every rank."""
+        """Look tokens [..., S] up, FP32 [..., S, width]; complete on every rank.
+
+        With ``sequence`` complete for the rank's own run of tokens, undefined for the others.
+
+        Raises:
+            ConfigError: With ``sequence``, tp does not divide S.
+        """
         row, mine = _rows(tokens, self.group, len(self.weight))
-        found = lookup(row, self.weight)
-        return leave(torch.where(mine[..., None], found, 0.0), self.group)
+        found = torch.where(mine[..., None], lookup(row, self.weight), 0.0)
+        return leave(found, self.group, own_tokens=self.sequence)
 
 
 class VocabParallelHead(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from megafp4.models import loss as whole_loss
 from megafp4.models.layers import Head
 from megafp4.parallel.collectives import Group
 from megafp4.parallel.mesh import Mesh, MeshSizes
+from megafp4.parallel.sequence import SequenceScatter
 from megafp4.parallel.vocabulary import (
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -114,6 +117,32 @@ def embed_and_predict() -> list[bool]:
 
 def test_embedding_and_logits(two: Ranks) -> None:
     assert two.run(embed_and_predict) == [[True] * 4] * 2
+
+
+def embed_own_tokens() -> tuple[bool, list[int]]:
+    """Whether output and gradient have the bits of a table that is whole; bytes sent for each."""
+    group = Mesh(MeshSizes(tp=dist.get_world_size())).tp
+    slope, weight, tokens = inputs()
+    tokens, scatter = tokens.clamp(min=0), SequenceScatter(group)
+    own, sent, outcomes = group.own(slope.flatten(0, 1)), [], []
+    for sequence in (False, True):
+        table = VocabParallelEmbedding(WORDS, WIDTH, group, sequence=sequence)
+        table.weight.data.copy_(table.layouts["weight"].take(weight))
+        before = group.ledger.copy()
+        # As in a model of GPT's kind: something is added, and the type changes.
+        found = scatter((table(tokens) + weight[0]).bfloat16())
+        sent.append(group.ledger.since(before).total(what="activations"))
+        found.backward(own.view_as(found))
+        assert table.weight.grad is not None
+        outcomes.append((found.detach(), table.weight.grad))
+    expected = group.own((F.embedding(tokens, weight) + weight[0]).bfloat16().flatten(0, 1))
+    same = torch.equal(outcomes[1][0].flatten(0, 1), expected)
+    return same and all(map(torch.equal, *outcomes)), sent
+
+
+def test_cut_sequences_take_half_of_the_bytes(two: Ranks) -> None:
+    count = 4 * math.prod(SHAPE) * WIDTH
+    assert two.run(embed_own_tokens) == [(True, [count, count // 2])] * 2
 
 
 def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None:
