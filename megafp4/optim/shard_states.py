@@ -22,7 +22,7 @@ from megafp4.optim.adamw import AdamHyper, StepNumbers
 from megafp4.optim.fused import Dense, FusedSteps, exact_steps
 from megafp4.optim.grid_step import GridStep
 from megafp4.optim.offload import HostStates
-from megafp4.optim.optimizer import codec_of, grid_codec, grid_of
+from megafp4.optim.optimizer import codec_of, grid_of
 from megafp4.optim.quantizers import GROUP
 from megafp4.optim.states import State
 from megafp4.parallel.bucket import Bucket, Piece

@@ -41,8 +41,6 @@ STEP_TIMEOUT = timedelta(seconds=45)
 # Groups over more than one axis: gradients are summed over replicas of the weights; norms and
 # checkpoints concern all ranks that hold parts of one replica; signals concern everybody.
 _UNIONS = {"replicas": ("dp", "cp"), "model": ("pp", "tp"), "world": AXES}
-
-
 _NODE_GROUPS = ("within_node", "between_nodes")
 
 
