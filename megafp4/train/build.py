@@ -201,12 +201,14 @@ def build(config: RunConfig, mesh: Mesh | None = None, *, quiet: bool = False) -
     buckets = optimizer.gradients if isinstance(optimizer, ZeroOptimizer) else None
     if buckets is not None:  # wgrad writes where gradients are collected
         precision.destination = buckets.destination
-    if changed := mesh_changes(config):
-        screen.say(f"continuing with another mesh ({', '.join(changed)})")
-    first_then_others(mesh, lambda: claim_folder(config) if mesh.rank == 0 else None)
     recorder = None
     if config.train.cuda_graph:
         recorder = Recorder(model, precision, buckets, mesh.ledger)
+    pipeline = make_pipeline(model, config, precision, device, mesh)
+    if changed := mesh_changes(config):
+        screen.say(f"continuing with another mesh ({', '.join(changed)})")
+    # Behind all that may refuse the run: a folder that is claimed belongs to this configuration.
+    first_then_others(mesh, lambda: claim_folder(config) if mesh.rank == 0 else None)
     kind = Metrics if mesh.rank == 0 else MutedMetrics
     raised = partial(raised_blocks, model, backend, mesh.world)
     return Run(
@@ -226,7 +228,7 @@ def build(config: RunConfig, mesh: Mesh | None = None, *, quiet: bool = False) -
         optimizer=optimizer,
         mesh=mesh,
         context=context,
-        pipeline=make_pipeline(model, config, precision, device, mesh),
+        pipeline=pipeline,
         traffic=Traffic(mesh),
         parameters=parameter_count(config.model),
         data=data,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megafp4.errors import DataError, DivergenceError
+from megafp4.errors import DataError, DivergenceError, UnsupportedError
 from megafp4.train import loop
 from megafp4.train.build import build
 from megafp4.train.loop import train
@@ -287,3 +287,10 @@ def test_the_bar_is_labelled_with_preset_and_recipe(
     config = tiny(corpus, tmp_path, "mxfp4", steps=2, layers=1, precision_schedule=schedule)
     assert build(config, quiet=True).recipe_name == name
     assert labels == [f"tiny-mxfp4, {name}"]
+
+
+def test_a_run_that_is_refused_leaves_its_folder_free(corpus: str, tmp_path: Path) -> None:
+    config = tiny(corpus, tmp_path / "run", "mxfp4", steps=1, cuda_graph=True)
+    with pytest.raises(UnsupportedError, match=r"train\.cuda_graph needs backend 'hopper'"):
+        build(config, quiet=True)
+    assert not (tmp_path / "run").exists()
