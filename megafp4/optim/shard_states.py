@@ -8,6 +8,7 @@ parameter's, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,8 @@ class PieceStates:
         fused: Move dense pieces by kernels if they are on a GPU.
         names: Parameters of the whole model in its order, which numbers their random streams; None
             if these are ``params``.
+        places: Where the first element of a parameter is counted from in its stream, a multiple of
+            128; 0 for those that are not in it.
     """
 
     def __init__(
@@ -91,10 +94,12 @@ class PieceStates:
         seed: int,
         fused: bool,
         names: Sequence[str] | None = None,
+        places: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._params = params
         self._config = config
         self._fused = fused
+        self._places = places
         order = list(params) if names is None else names
         self._keys = {n: Key(seed, 0, i, "update", "a") for i, n in enumerate(order)}
         self._dense: dict[str, Dense] = {}
@@ -136,7 +141,8 @@ class PieceStates:
         weights.copy_(own.detach())
         own.data = weights
         key, index = self._keys[piece.name], len(self._dense)
-        self._dense[piece.name] = Dense(piece.name, own, codec, state, key, index, piece.start)
+        place = piece.start + self._places.get(piece.name, 0)
+        self._dense[piece.name] = Dense(piece.name, own, codec, state, key, index, place)
 
     def check_rows(self, bucket: Bucket) -> None:
         """Refuse rows, of any rank, whose state would share a scale with another rank's.

@@ -71,6 +71,8 @@ class ZeroOptimizer(ShardedOptimizer):
         tensor: Ranks of ``model`` that hold other parts of the same weights.
         names: Parameters of the whole model in its order, if other ranks of ``model`` hold others
             of them: random bits are then those of a rank that holds all.
+        places: Where random bits of a parameter are counted from, a multiple of 128, if ranks of
+            ``model`` hold other parts of it.
 
     Raises:
         ConfigError: A dense parameter is not FP32, sizes do not fit, or ranks would cut a group of
@@ -95,6 +97,7 @@ class ZeroOptimizer(ShardedOptimizer):
         weight_amax: bool = False,
         tensor: Group | None = None,
         names: Sequence[str] | None = None,
+        places: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.params = dict(params)
         self.config, self.seed, self.group, self.fused = config, seed, group, fused
@@ -104,7 +107,7 @@ class ZeroOptimizer(ShardedOptimizer):
         self._model = Group("model") if model is None else model
         self._elsewhere = frozenset(elsewhere)
         _check(self.params, partial)
-        self._states = PieceStates(self.params, config, seed, fused, names)
+        self._states = PieceStates(self.params, config, seed, fused, names, places)
         self.buckets = plan_buckets(
             {name: param.shape for name, param in self.params.items()},
             {

@@ -18,6 +18,7 @@ from megafp4.errors import ConfigError, MegaFP4Error, UnsupportedError
 from megafp4.models import DenseFactory, QuantizedFactory, build_model
 from megafp4.models.decoder import Decoder
 from megafp4.optim.deepspeed import DeepSpeedOptimizer
+from megafp4.optim.quantizers import GROUP
 from megafp4.optim.zero import ZeroOptimizer
 from megafp4.optim.zero3 import Zero3Optimizer
 from megafp4.parallel.collectives import Group
@@ -259,10 +260,20 @@ def make_optimizer(
         weight_amax=weight_amax,
         tensor=mesh.tp,
         names=_parameter_names(config.model),
+        places={name: _place(params[name], cut[name].rank) for name in params if name in cut},
     )
     ties = config.model.ties_embeddings and TIED in params
     optimizer.arrivals.await_in(model, {"head": [TIED]} if ties else {})
     return optimizer
+
+
+def _place(param: Tensor, rank: int) -> int:
+    """Where random bits of a tp rank's part begin: behind those of the ranks before it.
+
+    They are the serial run's where parts follow each other in memory, as cut rows do; elsewhere
+    they are others, but no two ranks' the same.
+    """
+    return rank * -(-param.numel() // GROUP) * GROUP
 
 
 def _parameter_names(config: ModelConfig) -> list[str]:
