@@ -104,29 +104,30 @@ def test_a_graph_draws_what_an_eager_step_would() -> None:
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(512, 384, device="cuda", dtype=torch.bfloat16)
 
-    def run(step: int) -> tuple[torch.Tensor, ...]:
-        precision.step, precision.first_token = step, 512
+    def run(step: int, first_token: int) -> tuple[torch.Tensor, ...]:
+        precision.step, precision.first_token = step, first_token
         linear.op.forget_weights()
         y = linear(x)
         dx, dw = torch.autograd.grad(y, (x, linear.weight), dy)
         return y.detach(), dx, dw
 
+    # Where a position is pinned, places count from it: the pass itself begins at token 0.
+    backend.pin_position(precision.seed, 6, 512, torch.device("cuda"))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run(6)
+        run(6, 0)
     torch.cuda.current_stream().wait_stream(side)
-    backend.pin_position(precision.seed, 6, 512, torch.device("cuda"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(6)
+        captured = run(6, 0)
     gradients = []
     for step in (7, 8):
         backend.pin_position(precision.seed, step, 512, torch.device("cuda"))
         graph.replay()
         backend.unpin_position()
         gradients.append(captured[2].clone())
-        assert all(torch.equal(a, b) for a, b in zip(captured, run(step), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(captured, run(step, 512), strict=True))
     assert not torch.equal(*gradients)
 
 
