@@ -89,8 +89,9 @@ def test_it_trains_as_the_serial_optimizer(
         # The first losses are of the same weights: bit for bit.
         limit = bound if place[0] else 0.0
         assert abs(losses[place] - float(loss)) <= limit * float(loss), place
-    for norm, exact in zip(found[0][1], expected.norms, strict=True):
-        assert norm == pytest.approx(exact, rel=max(bound, 1e-5))
+    # The first gradient is that of the same weights; Adam's other rounding parts the later ones.
+    for step, (norm, exact) in enumerate(zip(found[0][1], expected.norms, strict=True)):
+        assert norm == pytest.approx(exact, rel=3 * bound if step else 1e-6)
     for name, weight in expected.model.items():
         if name in found[0][2]:
             assert recipe != "bf16" or off(found[0][2][name], weight) < 5e-3, name
