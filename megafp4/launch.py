@@ -82,6 +82,11 @@ class Job:
             from megafp4.parallel.mesh import connect
 
             gpu = device.startswith("cuda")
+            if gpu:
+                import torch  # as in use_device
+            # Only torchrun sets it, and DeepSpeed takes it for the number of the GPU.
+            here = torch.cuda.current_device() if gpu else self.local_rank
+            os.environ.setdefault("LOCAL_RANK", str(here))
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
             connect(backend, self.rank, self.world_size, self.address)
 

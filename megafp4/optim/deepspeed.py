@@ -9,7 +9,6 @@ that is not finite ends the run after the fact, with its last checkpoint intact.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -73,9 +72,6 @@ class DeepSpeedOptimizer:
         zero: dict[str, Any] = {"stage": stage}
         if config.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        # Only torchrun says so by itself, and DeepSpeed takes it for the number of the GPU.
-        here = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        os.environ.setdefault("LOCAL_RANK", str(here))
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._adam,

@@ -193,7 +193,6 @@ def build(config: RunConfig, mesh: Mesh | None = None, *, quiet: bool = False) -
     context.place(model, precision)
     clock = Clock()
     work = _workload(config, data, device, mesh)
-    folder = Path(config.out)
     torch.manual_seed(config.train.seed)  # dropout; everything else has generators of its own
     recipe_name = _recipe_name(config)
     screen = Screen(f"{config.name}, {recipe_name}", work, quiet=quiet or mesh.rank > 0)
@@ -201,9 +200,8 @@ def build(config: RunConfig, mesh: Mesh | None = None, *, quiet: bool = False) -
     buckets = optimizer.gradients if isinstance(optimizer, ZeroOptimizer) else None
     if buckets is not None:  # wgrad writes where gradients are collected
         precision.destination = buckets.destination
-    recorder = None
-    if config.train.cuda_graph:
-        recorder = Recorder(model, precision, buckets, mesh.ledger)
+    graph = config.train.cuda_graph
+    recorder = Recorder(model, precision, buckets, mesh.ledger) if graph else None
     pipeline = make_pipeline(model, config, precision, device, mesh)
     if changed := mesh_changes(config):
         screen.say(f"continuing with another mesh ({', '.join(changed)})")
@@ -214,7 +212,7 @@ def build(config: RunConfig, mesh: Mesh | None = None, *, quiet: bool = False) -
     return Run(
         name=config.name,
         recipe_name=recipe_name,
-        folder=folder,
+        folder=Path(config.out),
         device=device,
         train=config.train,
         optim=config.optim,
@@ -234,7 +232,7 @@ def build(config: RunConfig, mesh: Mesh | None = None, *, quiet: bool = False) -
         data=data,
         guard=LossGuard(config.train.spike_factor, config.train.max_spikes),
         clock=clock,
-        metrics=kind(folder, work, screen, clock, raised),
+        metrics=kind(Path(config.out), work, screen, clock, raised),
         recorder=recorder,
     )
 

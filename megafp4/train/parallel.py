@@ -13,12 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafp4.backends import Backend
-from megafp4.config import ModelConfig, ParallelConfig, RunConfig
+from megafp4.config import ParallelConfig, RunConfig
 from megafp4.errors import ConfigError, MegaFP4Error, UnsupportedError
-from megafp4.models import DenseFactory, QuantizedFactory, build_model
+from megafp4.models import QuantizedFactory
 from megafp4.models.decoder import Decoder
 from megafp4.optim.deepspeed import DeepSpeedOptimizer
-from megafp4.optim.quantizers import GROUP
 from megafp4.optim.zero import ZeroOptimizer
 from megafp4.optim.zero3 import Zero3Optimizer
 from megafp4.parallel.collectives import Group
@@ -32,6 +31,7 @@ from megafp4.parallel.stages import Stages, plan_stages
 from megafp4.parallel.weights import layouts
 from megafp4.precision import Precision
 from megafp4.recipes import PrecisionSchedule, Recipe
+from megafp4.train.streams import parameter_names, place_of
 
 Result = TypeVar("Result")
 Sharded: TypeAlias = ZeroOptimizer | Zero3Optimizer | DeepSpeedOptimizer
@@ -259,28 +259,12 @@ def make_optimizer(
         partial=partial,
         weight_amax=weight_amax,
         tensor=mesh.tp,
-        names=_parameter_names(config.model),
-        places={name: _place(params[name], cut[name].rank) for name in params if name in cut},
+        names=parameter_names(config.model),
+        places={name: place_of(params[name], cut[name].rank) for name in params if name in cut},
     )
     ties = config.model.ties_embeddings and TIED in params
     optimizer.arrivals.await_in(model, {"head": [TIED]} if ties else {})
     return optimizer
-
-
-def _place(param: Tensor, rank: int) -> int:
-    """Where random bits of a tp rank's part begin: behind those of the ranks before it.
-
-    They are the serial run's where parts follow each other in memory, as cut rows do; elsewhere
-    they are others, but no two ranks' the same.
-    """
-    return rank * -(-param.numel() // GROUP) * GROUP
-
-
-def _parameter_names(config: ModelConfig) -> list[str]:
-    """Names in the whole model, of which a pipeline's rank holds a part, in its order."""
-    with torch.device("meta"):
-        model = build_model(config, DenseFactory())
-    return [name for name, _ in model.named_parameters()]
 
 
 def _reducer(parallel: ParallelConfig, mesh: Mesh) -> Reducer:

@@ -178,8 +178,9 @@ def test_zero_3_gives_the_serial_bits(
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not installed")
 def test_deepspeed_follows_the_serial_run(
-    corpus: str, serial: dict[str, Path], tmp_path: Path
+    corpus: str, serial: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as launch code does
     config = llama(corpus, tmp_path, "mxfp4", spike_factor=0.0)
     options: dict[str, Any] = {"engine": "deepspeed", "zero": 2, "wire": "fp32"}
     for stop in (5, None):
