@@ -380,25 +380,3 @@ def test_one_gpu_agrees_with_the_plain_optimizer(stage: Any) -> None:
         weights.append({name: param.detach().cpu() for name, param in params.items()})
     for name, found in weights[1].items():
         torch.testing.assert_close(found, weights[0][name], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("states", ["bf16-sr", "coat-sr"])
-def test_a_rank_with_some_rows_draws_what_one_with_all_draws(states: str) -> None:
-    config = replace(OPTIM, states=states)  # type: ignore[arg-type]
-    whole = torch.randn(6, 128, generator=torch.Generator().manual_seed(3))
-    grad = torch.randn(6, 128, generator=torch.Generator().manual_seed(4))
-    moved = []
-    for first, last in ((0, 6), (0, 3), (3, 6)):
-        params = {
-            "other": nn.Parameter(torch.ones(3)),
-            "w": nn.Parameter(whole[first:last].clone()),
-        }
-        group = Group("dp")
-        places = {"w": first * 128}
-        optimizer = ZeroOptimizer(params, config, 1, group, FlatReducer(group), places=places)
-        optimizer.begin(True)
-        (params["w"].float() * grad[first:last]).sum().add(params["other"].sum()).backward()
-        optimizer.clip(0.0)
-        optimizer.step(0, 1e-3)
-        moved.append(params["w"].detach().clone())
-    assert torch.equal(torch.cat(moved[1:]), moved[0])
