@@ -226,12 +226,11 @@ class HostStates:
         """
         width, total = grid.shape[1], grid.shape.numel()
         flat = grad.reshape(-1)
-        found: list[StoreStatistics] = []
+        counts = torch.zeros(3, dtype=torch.int64, device=grid.codes.device)
         for window in self._walk(self._grid_windows(name, width, total)):
             ((_, start, stop),), (state,) = window.spans, window.states
             rows = grid_rows(grid, start // width, stop // width)
-            found.append(how.move(rows, flat[start:stop], state, fused=self._fused))
-        counts = torch.stack([one.counts() for one in found]).sum(0)
+            counts += how.move(rows, flat[start:stop], state, fused=self._fused).counts()
         return StoreStatistics.of(counts, total)
 
     def _walk(self, windows: Sequence[_Window]) -> Iterator[_Window]:
